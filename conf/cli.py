@@ -1,0 +1,100 @@
+"""From the command line to a typed dataclass: Hydra composes once, nothing after it sees a DictConfig."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.files import UserError
+
+T = TypeVar("T")
+CONF = str(Path(__file__).resolve().parent)
+
+
+def run(schema: type[T], primary: str, main: Callable[[T], None]) -> None:
+    """Compose `conf/<primary>.yaml`, check it against the dataclass `schema`, and call `main(config)`.
+
+    primary: for instance "train/stage1": the folder's groups (experiment/, model/, ...) can be chosen on the command
+    line.  Unknown keys, wrong types and failed `__post_init__` checks end in one line on stderr and status 2.
+    """
+    folder, name = primary.split("/")
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exceptions, to say them in one line with the remedy
+
+    def composed(cfg: DictConfig) -> None:
+        main(OmegaConf.to_object(cfg))  # type: ignore[arg-type]
+
+    try:
+        hydra.main(version_base="1.3", config_path=f"{CONF}/{folder}", config_name=name)(composed)()
+    except UserError as error:
+        _exit(str(error))
+    except (hydra.errors.HydraException, OmegaConfBaseException, ValueError) as error:
+        if isinstance(error, ValueError) and not _from_config(error):
+            raise
+        _exit(_explain(error, schema))
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work: names key, value and remedy.  Raised by `__post_init__` checks."""
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _from_config(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ConfigError | OmegaConfBaseException | hydra.errors.HydraException):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _exit(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def known_keys(schema: Any, prefix: str = "") -> list[str]:
+    """All dotted keys of a nested dataclass."""
+    keys: list[str] = []
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        keys.append(prefix + field.name)
+        if is_dataclass(hints[field.name]):
+            keys += known_keys(hints[field.name], f"{prefix}{field.name}.")
+    return keys
+
+
+def _explain(error: BaseException, schema: Any) -> str:
+    chain, seen = [], error
+    while seen is not None:
+        chain.append(seen)
+        seen = seen.__cause__ or seen.__context__  # type: ignore[assignment]
+    for link in chain:
+        if isinstance(link, ConfigError):
+            return str(link)
+    text = " ".join(line.strip() for link in reversed(chain) for line in str(link).splitlines())
+    unknown = re.search(r"Key '([^']+)' (?:is )?not in", text) or re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        named = re.search(r"full_key: ([\w.]+)", text)
+        key = named.group(1) if named else unknown.group(1)
+        near = difflib.get_close_matches(key, known_keys(schema), n=1, cutoff=0.4)
+        remedy = f"the nearest known key is {near[0]}" if near else "see --help for the keys"
+        return f"unknown key {key}; {remedy}"
+    full_key = re.search(r"full_key: ([\w.]+)", text)
+    if full_key:
+        return f"{full_key.group(1)}: {str(chain[-1]).splitlines()[0]}"
+    return " ".join(str(error).split())

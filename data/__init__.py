@@ -1,0 +1,1 @@
+"""Assets to posed views to shards to batches, and camera mathematics."""

@@ -1,0 +1,1 @@
+"""A finished checkpoint and an image to a mesh."""
