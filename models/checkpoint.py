@@ -1,0 +1,141 @@
+"""The finished checkpoint: a folder of safetensors that training writes and sampling and distillation read.
+
+    export/  isotropic3d.json  unet/  vae/  image_encoder/  scheduler/
+
+Each part is in diffusers' own format (`config.json` + `*.safetensors`); `isotropic3d.json` is `ExportInfo`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from data.files import UserError, atomic_folder, read_json, write_json
+from models.autoencoder import load_autoencoder
+from models.image_encoder import ClipImageEncoder, load_image_encoder_folder
+from models.multiview import CAMERA_FLOATS, MultiViewAttention
+
+FORMAT = "isotropic3d-export/1"
+
+
+@dataclass
+class ExportInfo:
+    """What a user of the weights must know and cannot read off their shapes."""
+
+    image_size: int  # pixels
+    num_views: int  # views folded together in training
+    elevation_deg: tuple[float, float]  # the cameras seen in training: lowest and highest
+    fov_deg: tuple[float, float]
+    framing: tuple[float, float]  # distance * tan(fov / 2), object units
+    stage: int
+    step: int
+
+
+@dataclass
+class MultiViewModel:
+    """Everything that inference needs; frozen."""
+
+    unet: UNet2DConditionModel
+    vae: Any  # AutoencoderKL or PatchCodec
+    image_encoder: ClipImageEncoder
+    scheduler: DDIMScheduler
+    info: ExportInfo
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config.sample_size
+        return self.unet.config.in_channels, size, size
+
+    def to(self, device: str | torch.device, dtype: torch.dtype) -> MultiViewModel:
+        """UNet and autoencoder in `dtype`; the image encoder stays in fp32."""
+        self.unet.to(device, dtype)
+        self.vae.to(device, dtype)
+        self.image_encoder.to(device)
+        return self
+
+
+def make_scheduler(prediction_type: str, zero_terminal_snr: bool) -> DDIMScheduler:
+    """SD 2.1's noise schedule; with zero terminal SNR, rescaled betas and trailing steps (arXiv 2305.08891)."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_terminal_snr,
+        timestep_spacing="trailing" if zero_terminal_snr else "leading",
+    )
+
+
+def save_export(folder: str | Path, model: MultiViewModel) -> None:
+    """Writes the whole folder or nothing."""
+    with atomic_folder(folder) as temporary:
+        model.unet.save_pretrained(temporary / "unet")
+        model.vae.save_pretrained(temporary / "vae")
+        model.image_encoder.save_pretrained(temporary / "image_encoder")
+        model.scheduler.save_pretrained(temporary / "scheduler")
+        write_json(temporary / "isotropic3d.json", {"format": FORMAT, **dataclasses.asdict(model.info)})
+
+
+def read_info(folder: str | Path) -> ExportInfo:
+    """UserError when `folder` is not an export of this project."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"checkpoint {folder} is not a folder; give the export/ folder of a training run")
+    if not (folder / "isotropic3d.json").is_file():
+        hint = f"; did you mean {folder / 'export'}?" if (folder / "export").is_dir() else ""
+        raise UserError(f"checkpoint {folder} has no isotropic3d.json: it is not an export of this project{hint}")
+    content = read_json(folder / "isotropic3d.json", "checkpoint")
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise UserError(f"checkpoint {folder}: isotropic3d.json is not of format {FORMAT}")
+    names = {f.name for f in dataclasses.fields(ExportInfo)}
+    if set(content) != names:
+        raise UserError(f"checkpoint {folder}: isotropic3d.json must have exactly the keys {', '.join(sorted(names))}")
+    for key in ("elevation_deg", "fov_deg", "framing"):
+        content[key] = tuple(content[key])
+    return ExportInfo(**content)
+
+
+def load_unet(folder: str | Path) -> UNet2DConditionModel:
+    """A multi-view UNet from a diffusers folder, in fp32.  UserError for any other network."""
+    config = read_json(Path(folder) / "config.json", "UNet")
+    if not isinstance(config, dict) or config.get("_class_name") != "UNet2DConditionModel":
+        raise UserError(f"UNet: {folder} does not hold a UNet2DConditionModel")
+    if config.get("projection_class_embeddings_input_dim") != CAMERA_FLOATS:
+        raise UserError(f"UNet: {folder} takes no camera of {CAMERA_FLOATS} floats: it is not a multi-view model")
+    try:
+        unet = UNet2DConditionModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"UNet: {folder} cannot be loaded: {error}") from None
+    unet.set_attn_processor(MultiViewAttention())
+    return unet
+
+
+def load_export(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> MultiViewModel:
+    """The finished checkpoint, frozen.  UserError naming what is wrong with `folder`."""
+    folder = Path(folder)
+    info = read_info(folder)
+    try:
+        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {folder}: its scheduler cannot be loaded: {error}") from None
+    model = MultiViewModel(
+        unet=load_unet(folder / "unet").requires_grad_(False).eval(),
+        vae=load_autoencoder(folder / "vae"),
+        image_encoder=load_image_encoder_folder(folder / "image_encoder"),
+        scheduler=scheduler,
+        info=info,
+    )
+    return model.to(device, dtype)
