@@ -1,0 +1,244 @@
+"""Multi-resolution hash grid (Instant-NGP, arXiv 2201.05989, sec. 3) and the density network read from it.
+
+`encode` is the plain, twice differentiable definition.  `density_with_slope` computes the same features, the density
+network and its exact spatial slope in one pass over the table, with a hand-written backward: one gather and one
+scatter a step, no double backward.  A kernel for another device replaces `density_with_slope` and nothing else.
+Shapes: N points, L levels, F features a level, H hidden units, T table entries.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PRIMES = (1, 2654435761, 805459861)  # arXiv 2201.05989, eq. 4
+CHUNK = {"cpu": 4096, "cuda": 2**20}  # points worked on at once: as many as the CPU's cache holds
+
+
+@dataclass(frozen=True)
+class GridLayout:
+    """Where each level lives in one table.  Hashed levels come first, so that their offsets are multiples of `entries`."""
+
+    resolutions: tuple[int, ...]  # cells a side, coarse to fine
+    entries: int  # table entries of a hashed level, a power of two
+    features: int
+
+    @property
+    def dense(self) -> tuple[bool, ...]:
+        """Levels whose (r + 1)^3 vertices all fit are indexed directly."""
+        return tuple((r + 1) ** 3 <= self.entries for r in self.resolutions)
+
+    @property
+    def num_dense(self) -> int:
+        return sum(self.dense)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First table row of each level."""
+        hashed = len(self.resolutions) - self.num_dense
+        row, dense_offsets = hashed * self.entries, []
+        for r in self.resolutions[: self.num_dense]:
+            dense_offsets.append(row)
+            row += (r + 1) ** 3
+        return tuple(dense_offsets) + tuple(i * self.entries for i in range(hashed))
+
+    @property
+    def rows(self) -> int:
+        hashed = len(self.resolutions) - self.num_dense
+        return hashed * self.entries + sum((r + 1) ** 3 for r in self.resolutions[: self.num_dense])
+
+
+def grid_layout(levels: int, features: int, log2_entries: int, base: int, finest: int) -> GridLayout:
+    """Resolutions grow geometrically from `base` to `finest` cells a side (arXiv 2201.05989, eq. 2-3)."""
+    growth = math.exp((math.log(finest) - math.log(base)) / max(levels - 1, 1))
+    resolutions = tuple(math.floor(base * growth**level + 1e-6) for level in range(levels))
+    return GridLayout(resolutions, 2**log2_entries, features)
+
+
+def _int32(value: int) -> int:
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def locate(points: Tensor, layout: GridLayout) -> tuple[Tensor, Tensor]:
+    """points (N, 3) in [0, 1] -> table rows of the 8 corners (2, 2, 2, L, N) int32 (x, y, z; low then high), and the
+    position inside the cell (3, L, N) in [0, 1].
+    """
+    device = points.device
+    resolution = torch.tensor(layout.resolutions, device=device)
+    scaled = points.T[:, None] * resolution[:, None].to(points.dtype)  # (3, L, N)
+    low = torch.minimum(scaled.detach().floor(), (resolution[:, None] - 1).to(points.dtype)).clamp_(min=0)
+    fraction = scaled - low
+    low = low.to(torch.int32)
+    ends = torch.stack([low, low + 1])  # (2, 3, L, N)
+    offset = torch.tensor(layout.offsets, dtype=torch.int32, device=device)[:, None]
+    rows = torch.empty(2, 2, 2, *low.shape[1:], dtype=torch.int32, device=device)
+    split = layout.num_dense
+    if split:
+        side = torch.tensor([r + 1 for r in layout.resolutions[:split]], dtype=torch.int32, device=device)[:, None]
+        x, y, z = ends[:, 0, :split] + offset[:split], ends[:, 1, :split] * side, ends[:, 2, :split] * side * side
+        torch.add((x[:, None] + y)[:, :, None], z, out=rows[..., :split, :])
+    if split < len(layout.resolutions):
+        mask = layout.entries - 1
+        x, y, z = ((ends[:, d, split:] * _int32(PRIMES[d])).bitwise_and_(mask) for d in range(3))
+        x += offset[split:]  # a multiple of `entries`: xor leaves it alone
+        torch.bitwise_xor((x[:, None] ^ y)[:, :, None], z, out=rows[..., split:, :])
+    return rows, fraction
+
+
+def gather(table: Tensor, rows: Tensor) -> Tensor:
+    """table (T, F), rows (..., N) -> (..., N * F): a point's features side by side."""
+    flat = rows.reshape(-1)
+    if table.shape[1] == 2:  # one 8-byte load for the pair: 3 times faster than rows of two on a CPU
+        values = torch.view_as_real(torch.view_as_complex(table).index_select(0, flat))
+    else:
+        values = table.index_select(0, flat)
+    return values.reshape(*rows.shape[:-1], rows.shape[-1] * table.shape[1])
+
+
+def scatter_add(table: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Adds values (..., N * F) to table (T, F) in place, at rows (..., N)."""
+    flat, features = rows.reshape(-1), table.shape[1]
+    if features == 2:
+        pairs = torch.view_as_complex(values.reshape(-1, 2))
+        torch.view_as_complex(table).index_add_(0, flat, pairs)
+    else:
+        table.index_add_(0, flat, values.reshape(-1, features))
+
+
+def encode(points: Tensor, table: Tensor, layout: GridLayout) -> Tensor:
+    """points (N, 3) in [0, 1], table (T, F) -> features (N, L F); differentiable, twice, in both."""
+    rows, fraction = locate(points, layout)
+    weights = torch.stack([1 - fraction, fraction])  # (2, 3, L, N)
+    weights = weights[:, None, None, 0] * weights[None, :, None, 1] * weights[None, None, :, 2]
+    values = table[rows.long()] * weights[..., None]  # (2, 2, 2, L, N, F)
+    return values.sum(dim=(0, 1, 2)).transpose(0, 1).flatten(1)
+
+
+def interpolate(corners: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """Trilinear interpolation and its slope.
+
+    corners (2, 2, 2, L, M), position in the cell f (3, L, M) -> value (L, M), slope (3, L, M) per cell.
+    """
+    dx = corners[1] - corners[0]
+    x = torch.addcmul(corners[0], f[0], dx)
+    dy = x[1] - x[0]
+    xy = torch.addcmul(x[0], f[1], dy)
+    dx_y = torch.lerp(dx[0], dx[1], f[1])
+    dz = xy[1] - xy[0]
+    value = torch.addcmul(xy[0], f[2], dz)
+    slope = torch.stack([torch.lerp(dx_y[0], dx_y[1], f[2]), torch.lerp(dy[0], dy[1], f[2]), dz])
+    return value, slope
+
+
+def interpolate_transposed(d_value: Tensor, d_slope: Tensor, f: Tensor) -> Tensor:
+    """Adjoint of `interpolate`: gradients (L, M) and (3, L, M) -> gradient of the corners (2, 2, 2, L, M).
+
+    Each step undoes one `value = low + f (high - low)`, `slope = high - low`: high gets f d_value + d_slope, low the rest.
+    """
+    _, levels, m = d_slope.shape
+    xy = d_value.new_empty(2, levels, m)
+    torch.addcmul(d_slope[2], f[2], d_value, out=xy[1])
+    torch.sub(d_value, xy[1], out=xy[0])
+    dx_y, dy = d_value.new_empty(2, levels, m), d_value.new_empty(2, levels, m)
+    for part, d in ((dx_y, d_slope[0]), (dy, d_slope[1])):
+        torch.mul(f[2], d, out=part[1])
+        torch.sub(d, part[1], out=part[0])
+    x, dx = d_value.new_empty(2, 2, levels, m), d_value.new_empty(2, 2, levels, m)
+    torch.addcmul(dy, f[1], xy, out=x[1])
+    torch.sub(xy, x[1], out=x[0])
+    torch.mul(f[1], dx_y, out=dx[1])
+    torch.sub(dx_y, dx[1], out=dx[0])
+    corners = d_value.new_empty(2, 2, 2, levels, m)
+    torch.addcmul(dx, f[0], x, out=corners[1])
+    torch.sub(x, corners[1], out=corners[0])
+    return corners
+
+
+def _by_level(x: Tensor, levels: int) -> Tensor:
+    """(N, L F) -> (L, N F)."""
+    return x.unflatten(1, (levels, -1)).transpose(0, 1).flatten(1)
+
+
+def _by_point(x: Tensor, points: int) -> Tensor:
+    """(..., L, N F) -> (..., N, L F)."""
+    return x.unflatten(-1, (points, -1)).transpose(-3, -2).flatten(-2)
+
+
+class DensityWithSlope(torch.autograd.Function):
+    """raw = w2 . relu(W1 e(x)) with e the hash grid, and d raw / dx = J^T W1^T (w2 * [W1 e > 0]), J = d e / dx.
+
+    The slope is linear in the table for a fixed activation pattern, so that its gradient is first order too:
+    with v = W1^T (w2 * mask), u = J d_slope and y = u + d_raw e,
+        dW1 = (w2 * mask)^T y,   dw2 = sum_N mask * (y W1^T),   d_features += d_raw v,
+    and the corners receive the adjoint of interpolation applied to (d_features, d_slope (x) v).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, points: Tensor, table: Tensor, w1: Tensor, w2: Tensor, layout: GridLayout, slope: bool) -> Any:
+        n, levels = len(points), len(layout.resolutions)
+        scale = torch.tensor(layout.resolutions, dtype=points.dtype, device=points.device)[None, :, None]
+        features = points.new_empty(n, w1.shape[1])
+        raw, slopes = points.new_empty(n), points.new_empty(n, 3) if slope else points.new_empty(0, 3)
+        jacobians: list[Tensor] = []
+        for part in torch.arange(n).split(CHUNK[points.device.type]) if n else ():
+            here = slice(int(part[0]), int(part[-1]) + 1)
+            rows, fraction = locate(points[here], layout)
+            f = fraction.repeat_interleave(layout.features, dim=-1)
+            value, jacobian = interpolate(gather(table, rows), f)
+            count = len(part)
+            torch.stack(value.unflatten(-1, (count, -1)).unbind(0), dim=1, out=features[here].unflatten(1, (levels, -1)))
+            hidden = features[here] @ w1.T
+            torch.mv(hidden.relu(), w2, out=raw[here])
+            if slope:
+                v = _by_level(((hidden > 0).to(w2.dtype) * w2) @ w1, levels)
+                jacobian *= scale
+                slopes[here] = (jacobian * v).unflatten(-1, (count, -1)).sum(dim=(1, 3)).T
+                jacobians.append(jacobian)
+        ctx.save_for_backward(points, table, w1, w2, features, *jacobians)
+        ctx.layout, ctx.slope = layout, slope
+        return features, raw, slopes
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_features: Tensor, d_raw: Tensor, d_slopes: Tensor) -> Any:
+        points, table, w1, w2, features, *jacobians = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            raise NotImplementedError("density_with_slope has no gradient in the points; use encode")
+        layout, levels = ctx.layout, len(ctx.layout.resolutions)
+        scale = torch.tensor(layout.resolutions, dtype=points.dtype, device=points.device)[None, :, None]
+        d_table, d_w1, d_w2 = torch.zeros_like(table), torch.zeros_like(w1), torch.zeros_like(w2)
+        for index, start in enumerate(range(0, len(points), CHUNK[points.device.type])):
+            here = slice(start, start + CHUNK[points.device.type])
+            rows, fraction = locate(points[here], layout)
+            f = fraction.repeat_interleave(layout.features, dim=-1)
+            mask = (features[here] @ w1.T > 0).to(w2.dtype)
+            active = mask * w2
+            v = active @ w1  # (N, L F): d raw / d features
+            y = d_raw[here, None] * features[here]
+            d_value = _by_level(torch.addcmul(d_features[here], d_raw[here, None], v), levels)
+            d_slope = d_value.new_zeros(3, *d_value.shape)
+            if ctx.slope:
+                d = d_slopes[here].T.repeat_interleave(layout.features, dim=-1)[:, None]  # (3, 1, N F)
+                y += _by_point((jacobians[index] * d).sum(dim=0), rows.shape[-1])
+                torch.mul(d * scale, _by_level(v, levels), out=d_slope)
+            d_w1.addmm_(active.T, y)
+            d_w2 += (mask * (y @ w1.T)).sum(dim=0)
+            scatter_add(d_table, rows, interpolate_transposed(d_value, d_slope, f))
+        return None, d_table, d_w1, d_w2, None, None
+
+
+def density_with_slope(
+    points: Tensor, table: Tensor, w1: Tensor, w2: Tensor, layout: GridLayout, slope: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """points (N, 3) in [0, 1], table (T, F), w1 (H, L F), w2 (H,).
+
+    Returns features (N, L F), raw density (N,) and its slope d raw / d points (N, 3), or (0, 3) when not asked for.
+    Differentiable in table, w1 and w2; the points are constants.
+    """
+    assert points.ndim == 2 and points.shape[1] == 3, points.shape
+    assert table.shape == (layout.rows, layout.features), (table.shape, layout)
+    return DensityWithSlope.apply(points, table, w1, w2, layout, slope)
