@@ -20,6 +20,8 @@ from data.files import UserError
 
 T = TypeVar("T")
 CONF = str(Path(__file__).resolve().parent)
+# Runs keep their own config.yaml in their own folder; Hydra is to make no folder and no log file beside it.
+QUIET = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
 
 
 def run(schema: type[T], primary: str, main: Callable[[T], None]) -> None:
@@ -32,16 +34,21 @@ def run(schema: type[T], primary: str, main: Callable[[T], None]) -> None:
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exceptions, to say them in one line with the remedy
 
+    given = {argument.split("=")[0] for argument in sys.argv[1:]}
+    sys.argv[1:1] = [quiet for quiet in QUIET if quiet.split("=")[0] not in given]
+
     def composed(cfg: DictConfig) -> None:
-        main(OmegaConf.to_object(cfg))  # type: ignore[arg-type]
+        try:
+            refuse_unknown(cfg, schema)
+            main(OmegaConf.to_object(cfg))  # type: ignore[arg-type]
+        except UserError as error:
+            _exit(str(error))
+        except (OmegaConfBaseException, ConfigError) as error:
+            _exit(_explain(error, schema))
 
     try:
         hydra.main(version_base="1.3", config_path=f"{CONF}/{folder}", config_name=name)(composed)()
-    except UserError as error:
-        _exit(str(error))
-    except (hydra.errors.HydraException, OmegaConfBaseException, ValueError) as error:
-        if isinstance(error, ValueError) and not _from_config(error):
-            raise
+    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
         _exit(_explain(error, schema))
 
 
@@ -54,12 +61,18 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _from_config(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, ConfigError | OmegaConfBaseException | hydra.errors.HydraException):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def refuse_unknown(cfg: DictConfig, schema: Any) -> None:
+    """`+key=value` lets Hydra add keys that no dataclass has; they would be ignored in silence."""
+    known = set(known_keys(schema))
+
+    def visit(node: Any, prefix: str) -> None:
+        for key in node:
+            check(f"{prefix}{key}" in known, _unknown(f"{prefix}{key}", schema))
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none():
+                visit(child, f"{prefix}{key}.")
+
+    visit(cfg, "")
 
 
 def _exit(message: str) -> None:
@@ -78,6 +91,11 @@ def known_keys(schema: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+def _unknown(key: str, schema: Any) -> str:
+    near = difflib.get_close_matches(key, known_keys(schema), n=1, cutoff=0.4)
+    return f"unknown key {key}; " + (f"the nearest known key is {near[0]}" if near else "see --help for the keys")
+
+
 def _explain(error: BaseException, schema: Any) -> str:
     chain, seen = [], error
     while seen is not None:
@@ -91,9 +109,7 @@ def _explain(error: BaseException, schema: Any) -> str:
     if unknown:
         named = re.search(r"full_key: ([\w.]+)", text)
         key = named.group(1) if named else unknown.group(1)
-        near = difflib.get_close_matches(key, known_keys(schema), n=1, cutoff=0.4)
-        remedy = f"the nearest known key is {near[0]}" if near else "see --help for the keys"
-        return f"unknown key {key}; {remedy}"
+        return _unknown(key, schema)
     full_key = re.search(r"full_key: ([\w.]+)", text)
     if full_key:
         return f"{full_key.group(1)}: {str(chain[-1]).splitlines()[0]}"

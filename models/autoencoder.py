@@ -97,13 +97,17 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL | PatchCodec:
     return model.requires_grad_(False).eval()
 
 
-def encode_images(vae: Any, images: Tensor, sample: bool = True) -> Tensor:
+def encode_images(vae: Any, images: Tensor, sample: bool = True, noise: Tensor | None = None) -> Tensor:
     """images (N, 3, H, W) in [-1, 1] -> latents (N, C, h, w) times the scaling factor; differentiable.
 
-    sample: draw from the posterior (as the released code does) rather than take its mode.
+    sample: draw from the posterior (as the released code does) rather than take its mode; `noise` (N, C, h, w) is the
+    standard normal draw to use, for training that must be repeatable.
     """
     posterior = vae.encode(images.to(next(vae.parameters()).dtype)).latent_dist
-    latents = posterior.sample() if sample else posterior.mode()
+    if noise is not None:
+        latents = posterior.mean + posterior.std * noise.to(posterior.mean.dtype)
+    else:
+        latents = posterior.sample() if sample else posterior.mode()
     return latents.to(images.dtype) * vae.config.scaling_factor
 
 

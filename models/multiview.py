@@ -70,15 +70,15 @@ def predict_noise_output(unet: Any, latents: Tensor, timesteps: Tensor, context:
     assert context.shape[0] == b and camera.shape[:2] == (b, v), (latents.shape, context.shape, camera.shape)
     if timesteps.ndim == 1:
         timesteps = timesteps[:, None].expand(b, v)
-    sample = latents.flatten(0, 1)
-    weight = unet.conv_in.weight
-    if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
+    dtype = unet.conv_in.weight.dtype
+    sample = latents.flatten(0, 1).to(dtype)
+    if sample.dtype == torch.bfloat16:  # tensor cores and AMX want channels last; fp32 on CPUs does not
         sample = sample.contiguous(memory_format=torch.channels_last)
     output = unet(
-        sample.to(weight.dtype),
+        sample,
         timesteps.reshape(-1),
-        encoder_hidden_states=context.repeat_interleave(v, dim=0).to(weight.dtype),
-        class_labels=camera.flatten(0, 1).to(weight.dtype),
+        encoder_hidden_states=context.repeat_interleave(v, dim=0).to(dtype),
+        class_labels=camera.flatten(0, 1).to(dtype),
         cross_attention_kwargs={"num_views": v},
         return_dict=False,
     )[0]

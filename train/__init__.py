@@ -1,1 +1,1 @@
-"""Both training stages."""
+"""Both training stages on Accelerate and DeepSpeed."""

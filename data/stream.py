@@ -1,0 +1,151 @@
+"""Shards to batches, in an order that any rank can compute and resume.
+
+Sample number `position` of the endless stream is object `order(seed, epoch)[position % N]` with epoch = position // N;
+global batch s holds positions s * B .. (s + 1) * B - 1, and rank r of R decodes its contiguous share.  So the batches
+do not depend on the number of ranks or workers, and resuming needs one integer: the number of samples consumed.
+Shapes: B objects, V views, H W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.files import UserError
+from data.shards import Manifest, decode_image, read_manifest, read_sample
+
+
+def keyed_generator(seed: int, purpose: str, number: int) -> np.random.Generator:
+    """Independent random numbers for each (seed, purpose, number); Philox, so the same on every machine."""
+    key = np.array([seed % 2**64, zlib.crc32(purpose.encode())], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, number]))
+
+
+@dataclass
+class Batch:
+    images: Tensor  # (B, V, 3, H, W) in [-1, 1], on white
+    reference: Tensor  # (B, 3, H, W) in [0, 1], on white: a front view of the same object
+    c2w: Tensor  # (B, V, 4, 4)
+    positions: list[int]  # in the stream
+    keys: list[str]  # object uids
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The objects of one epoch: a permutation of range(count)."""
+    return keyed_generator(seed, "epoch", epoch).permutation(count)
+
+
+def composite(rgba: np.ndarray) -> Tensor:
+    """uint8 RGBA (H, W, 4) -> float (3, H, W) in [0, 1] on white."""
+    value = rgba.astype(np.float32) / 255
+    rgb = value[..., :3] * value[..., 3:] + 1 - value[..., 3:]
+    return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
+
+
+def views_of(meta: dict[str, Any], role: str) -> list[dict[str, Any]]:
+    return [view for view in meta["views"] if view["role"] == role]
+
+
+def choose_views(meta: dict[str, Any], num_views: int, generator: np.random.Generator) -> list[dict[str, Any]]:
+    """`num_views` equally spaced views of one ring, at a random ring and start."""
+    rings: dict[int, list[dict[str, Any]]] = {}
+    for view in views_of(meta, "ring"):
+        rings.setdefault(view["ring"], []).append(view)
+    ring = sorted(rings[sorted(rings)[generator.integers(len(rings))]], key=lambda view: view["index"])
+    if len(ring) % num_views:
+        raise UserError(
+            f"object {meta['uid']}: a ring of {len(ring)} views has no {num_views} equally spaced ones; "
+            "set data.num_views to a divisor"
+        )
+    stride = len(ring) // num_views
+    start = int(generator.integers(len(ring)))
+    return [ring[(start + i * stride) % len(ring)] for i in range(num_views)]
+
+
+class ViewDataset(Dataset[dict[str, Any]]):
+    """Random access by stream position; opens nothing until asked, so workers can be forked or spawned."""
+
+    def __init__(self, shards: str | Path, image_size: int, num_views: int, seed: int):
+        self.folder, self.image_size, self.num_views, self.seed = Path(shards), image_size, num_views, seed
+        self.manifest: Manifest = read_manifest(self.folder)
+        self.index = [(shard, sample) for shard in self.manifest.shards for sample in shard.samples]
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        epoch, offset = divmod(position, len(self.index))
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(self.seed, epoch, len(self.index)))
+        generator = keyed_generator(self.seed, "views", position)
+        members, meta = self.read(int(self._order[1][offset]))
+        views = choose_views(meta, self.num_views, generator)
+        references = views_of(meta, "reference")
+        reference = references[generator.integers(len(references))]
+        return {
+            "images": torch.stack([self.image(members, view) for view in views]) * 2 - 1,
+            "reference": self.image(members, reference),
+            "c2w": torch.tensor([view["c2w"] for view in views], dtype=torch.float32),
+            "position": position,
+            "key": meta["uid"],
+        }
+
+    def read(self, number: int) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """Object `number` of the manifest: its members by suffix, and its meta.json."""
+        shard, sample = self.index[number]
+        members = read_sample(self.folder, shard, sample)
+        return members, json.loads(members["json"])
+
+    def image(self, members: dict[str, bytes], view: dict[str, Any]) -> Tensor:
+        """(3, H, W) in [0, 1], on white."""
+        return composite(decode_image(members[view["file"]], self.image_size))
+
+
+class RankPositions(Sampler[list[int]]):
+    """The stream positions of one rank, a micro-batch at a time, from a step on, without end."""
+
+    def __init__(self, batch_size: int, micro_batch_size: int, rank: int, world: int, first_step: int):
+        self.batch_size, self.micro, self.rank, self.world, self.step = (
+            batch_size, micro_batch_size, rank, world, first_step,
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch_size // self.world
+        step = self.step
+        while True:
+            start = step * self.batch_size + self.rank * share
+            for first in range(start, start + share, self.micro):
+                yield list(range(first, first + self.micro))
+            step += 1
+
+
+def collate(items: list[dict[str, Any]]) -> Batch:
+    return Batch(
+        images=torch.stack([item["images"] for item in items]),
+        reference=torch.stack([item["reference"] for item in items]),
+        c2w=torch.stack([item["c2w"] for item in items]),
+        positions=[item["position"] for item in items],
+        keys=[item["key"] for item in items],
+    )
+
+
+def micro_batches(
+    dataset: ViewDataset, batch_size: int, micro_batch_size: int, rank: int, world: int, first_step: int, workers: int
+) -> Iterator[Batch]:
+    """Endless micro-batches of this rank, starting with optimizer step `first_step`."""
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=RankPositions(batch_size, micro_batch_size, rank, world, first_step),
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)

@@ -1,0 +1,113 @@
+"""Checkpoints to resume from: a folder appears whole or not at all, and the old go only after the new has come.
+
+    checkpoints/step_00001000/  state.json  engine/ (DeepSpeed)  weight_average_rank0.safetensors ...
+
+Order, noise, dropout and branches are functions of the step (see data.stream, train.objective), so the step is all the
+state there is beside the engine's and the average's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from data.files import UserError, fsync_folder, read_json, write_json
+from train.engine import WeightAverage, all_agree
+
+FORMAT = "isotropic3d-checkpoint/1"
+
+
+@dataclass
+class TrainState:
+    step: int = 0  # optimizer steps done; with the seed, this is the position in the stream and of all randomness
+    seconds: float = 0.0  # training time of all sessions
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first.  A folder gets its final name only when it is whole."""
+    named = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name) and (p / "state.json").is_file()]
+    return sorted(named)
+
+
+def save_checkpoint(folder: Path, engine: Any, average: WeightAverage, state: TrainState, keep: int) -> None:
+    """Every rank must call it.  UserError on all ranks when one could not write its part."""
+    final = folder / f"step_{state.step:08d}"
+    temporary = folder / f".step_{state.step:08d}.tmp"
+    if engine.global_rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    problem = ""
+    try:
+        engine.save_checkpoint(str(temporary), tag="engine", save_latest=False)
+        tensors = {f"{i:05d}": t for i, t in enumerate(average.average) if t is not None}
+        save_file(tensors, str(temporary / f"weight_average_rank{engine.global_rank}.safetensors"))
+        _sync_files(temporary, owner=engine.global_rank == 0)
+    except (OSError, RuntimeError) as error:
+        problem = str(error)
+    if not all_agree(not problem, engine.device):
+        if engine.global_rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {final} could not be written ({problem or 'another rank failed'}); free disk space and start "
+            "again: the run goes on from the checkpoint before it"
+        )
+    if engine.global_rank == 0:
+        write_json(
+            temporary / "state.json",
+            {
+                "format": FORMAT,
+                "step": state.step,
+                "seconds": state.seconds,
+                "updates": average.updates,
+                "world_size": engine.world_size,
+                "zero_stage": engine.zero_optimization_stage(),
+            },
+        )
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        fsync_folder(folder)
+        for old in checkpoint_folders(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(path: Path, engine: Any, average: WeightAverage) -> TrainState:
+    """Puts engine and average into the state saved at `path`.  Every rank must call it."""
+    saved = read_json(path / "state.json", "checkpoint")
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path}: state.json is not of format {FORMAT}")
+    for key, current in (("world_size", engine.world_size), ("zero_stage", engine.zero_optimization_stage())):
+        if saved[key] != current:
+            raise UserError(
+                f"checkpoint {path} was saved with {key}={saved[key]} and this run has {current}; "
+                f"resume with {saved[key]}, or start from its weights with init_from=<export folder>"
+            )
+    loaded, _ = engine.load_checkpoint(str(path), tag="engine")
+    shard = path / f"weight_average_rank{engine.global_rank}.safetensors"
+    ok = loaded is not None and shard.is_file()
+    if ok:
+        for index, tensor in load_file(str(shard)).items():
+            held = average.average[int(index)]
+            assert held is not None and held.shape == tensor.shape, f"{shard}: tensor {index} of another shape"
+            held.copy_(tensor)
+    if not all_agree(ok, engine.device):
+        raise UserError(f"checkpoint {path} lacks a rank's part; delete it to go on from the one before it")
+    average.updates = saved["updates"]
+    return TrainState(step=saved["step"], seconds=saved["seconds"])
+
+
+def _sync_files(folder: Path, owner: bool) -> None:
+    if not owner:
+        return
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())

@@ -1,0 +1,153 @@
+"""Everything a training run can choose.  Each default lives here, with its unit and source; YAML holds only values.
+
+Where the paper is silent (learning rate, batch, steps, probabilities), the defaults are those of its nearest documented
+relatives, MVDream (arXiv 2308.16512) and ImageDream's pixel controller (arXiv 2312.02201).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from conf.cli import check
+from models.config import ModelConfig
+
+
+@dataclass
+class DataConfig:
+    shards: str = "shards"  # folder with manifest.json, written by data/pack.py
+    image_size: int = 256  # pixels a side
+    num_views: int = 4  # equally spaced views of one ring; must divide the ring
+    workers: int = 2  # decoding processes a rank; 0 decodes in the training process
+
+
+@dataclass
+class ObjectiveConfig:
+    single_view_probability: float = 0.3  # share of steps on branch a: views apart, camera vector zero (MVDream: 0.3)
+    reference_probability: float = 0.0  # share of multi-view steps with the clean reference in attention; stage 2 only
+    reference_timestep: str = "shared"  # the reference's timestep: shared with the noisy views (ImageDream), or zero
+    condition_dropout: float = 0.1  # share of objects whose embedding becomes zeros (ImageDream)
+    min_snr_gamma: float | None = None  # loss weight min(SNR, gamma) / SNR (arXiv 2303.09556); null weighs all alike
+
+    def __post_init__(self) -> None:
+        for name in ("single_view_probability", "reference_probability", "condition_dropout"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"objective.{name}={value} must lie between 0 and 1")
+        check(
+            self.reference_timestep in ("shared", "zero"),
+            f"objective.reference_timestep={self.reference_timestep} must be shared or zero",
+        )
+        gamma = self.min_snr_gamma
+        check(gamma is None or gamma > 0, f"objective.min_snr_gamma={gamma} must be positive, or null")
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4  # peak
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 1000
+    schedule: str = "constant"  # after the warm-up: constant, or cosine to zero at the last step
+    clip_norm: float = 1.0
+    weight_average_decay: float = 0.9999  # running mean of the fp32 weights; what is exported
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, f"optim.lr={self.lr} must be positive")
+        check(self.schedule in ("constant", "cosine"), f"optim.schedule={self.schedule} must be constant or cosine")
+        decay = self.weight_average_decay
+        check(0 <= decay < 1, f"optim.weight_average_decay={decay} must lie in [0, 1)")
+
+
+@dataclass
+class DeepSpeedConfig:
+    zero_stage: int = 2  # 0 replicates all, 1 shards optimizer state, 2 gradients too, 3 weights too
+    offload_optimizer: bool = False  # keep optimizer state in CPU memory (compiles an op on first use)
+
+    def __post_init__(self) -> None:
+        check(self.zero_stage in (0, 1, 2, 3), f"deepspeed.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        check(
+            not self.offload_optimizer or self.zero_stage >= 1,
+            "deepspeed.offload_optimizer=true needs deepspeed.zero_stage of at least 1",
+        )
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "offline"  # online, offline or disabled
+    project: str = "isotropic3d"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check(
+            self.mode in ("online", "offline", "disabled"), f"wandb.mode={self.mode} must be online, offline or disabled"
+        )
+
+
+@dataclass
+class TrainConfig:
+    stage: int = 1
+    name: str = "isotropic3d"
+    out: str = "runs/${name}/stage${stage}"  # the run folder: checkpoints, samples, metrics, export
+    init_from: str | None = None  # export folder whose UNet to start from (stage 2: stage 1's); null: model.unet
+    resume: str = "auto"  # auto: from the newest whole checkpoint in `out`; never: refuse a folder that has any
+    seed: int = 0
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    steps: int = 60000  # optimizer steps
+    batch_size: int = 64  # objects a step over all processes; 64 objects x 4 views = 256 pictures
+    micro_batch_size: int = 8  # objects a forward pass on one process; the rest is accumulated
+    precision: str = "auto"  # bf16, fp32, or auto: bf16 where the hardware multiplies in it
+    gradient_checkpointing: bool = False
+    cpu: bool = False  # train on the CPU although there is a GPU
+
+    log_every: int = 10  # steps
+    sample_every: int = 2000  # steps between grids of sampled views; 0: only at the end
+    sample_objects: int = 4
+    sample_steps: int = 50  # DDIM steps
+    sample_guidance: float = 5.0
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+
+    dry_run: bool = False  # print size, FLOPs and memory without weights or data, then stop
+
+    def __post_init__(self) -> None:
+        check(self.stage in (1, 2), f"stage={self.stage} must be 1 or 2")
+        check(
+            self.stage == 2 or self.objective.reference_probability == 0,
+            f"objective.reference_probability={self.objective.reference_probability} needs stage=2: "
+            "stage 1 has no reference view; set it to 0",
+        )
+        check(self.resume in ("auto", "never"), f"resume={self.resume} must be auto or never")
+        check(
+            self.precision in ("auto", "bf16", "fp32"), f"precision={self.precision} must be auto, bf16 or fp32"
+        )
+        for name in ("steps", "batch_size", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+            value = getattr(self, name)
+            check(value >= 1, f"{name}={value} must be at least 1")
+        downscale = self.model.autoencoder.downscale
+        blocks = 2 ** (len(self.model.unet.block_out_channels) - 1)
+        check(
+            self.data.image_size % (downscale * blocks) == 0,
+            f"data.image_size={self.data.image_size} must be a multiple of {downscale * blocks}: "
+            f"model.autoencoder.downscale={downscale} times {blocks} for the UNet's levels",
+        )
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes a step on each process.  ConfigError when the batch does not divide."""
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        share = world * self.micro_batch_size
+        check(
+            self.batch_size % share == 0,
+            f"batch_size={self.batch_size} does not divide among {world} processes x micro_batch_size="
+            f"{self.micro_batch_size}; use a multiple of {share}, or another micro_batch_size or number of processes",
+        )
+        return self.batch_size // share

@@ -1,0 +1,192 @@
+"""The processes: one DeepSpeed engine over all ranks, set up through Accelerate; votes, gathers, fp32 masters."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from conf.cli import ConfigError
+from data.files import UserError
+from train.config import TrainConfig
+
+
+def prepare_environment(cpu: bool) -> None:
+    """What DeepSpeed and Accelerate read from the environment.  Call before importing either."""
+    if cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # DeepSpeed compiles its CPU communication op at first use; without these it dies in a long traceback.
+        os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"
+        for program, remedy in (("ninja", "pip install ninja"), ("g++", "install a C++ compiler, such as Debian's g++")):
+            if shutil.which(program) is None:
+                raise UserError(f"DeepSpeed on the CPU needs {program} on the PATH; {remedy}")
+    if "RANK" not in os.environ:  # started as plain `python train/stage1.py`: a world of one
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {
+            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has bfloat16 dot products (AVX512-BF16 or AMX): there bf16 is several times faster than fp32."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = file.read()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def resolve_precision(precision: str) -> str:
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if cpu_multiplies_bf16() else "fp32"
+
+
+def deepspeed_config(config: TrainConfig, precision: str) -> dict[str, Any]:
+    """DeepSpeed's own configuration, made from ours and nowhere else."""
+    zero: dict[str, Any] = {"stage": config.deepspeed.zero_stage, "overlap_comm": torch.cuda.is_available()}
+    if config.deepspeed.zero_stage >= 1:
+        zero["contiguous_gradients"] = True
+    if config.deepspeed.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.optim.clip_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": precision == "bf16"},
+        "steps_per_print": 10**9,  # our own log says it
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
+    """Accelerator and DeepSpeed engine around the UNet.  AdamW over all of its parameters."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+    ours = deepspeed_config(config, resolve_precision(config.precision))
+    accelerator = Accelerator(
+        mixed_precision="bf16" if ours["bf16"]["enabled"] else "no",
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ours),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")],
+    )
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise UserError(
+            f"Accelerate chose {accelerator.distributed_type} and not DeepSpeed; start with `accelerate launch "
+            "--use_deepspeed` and without an accelerate configuration file that asks for another engine"
+        )
+    optimizer = torch.optim.AdamW(
+        unet.parameters(),
+        lr=config.optim.lr,
+        betas=(config.optim.betas[0], config.optim.betas[1]),
+        eps=config.optim.eps,
+        weight_decay=config.optim.weight_decay,
+        fused=not config.deepspeed.offload_optimizer,
+    )
+    engine, _ = accelerator.prepare(unet, optimizer)
+    running = engine.zero_optimization_stage()
+    if running != config.deepspeed.zero_stage:
+        raise ConfigError(f"deepspeed.zero_stage={config.deepspeed.zero_stage}, but the engine runs stage {running}")
+    return accelerator, engine
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """(K,) float -> its mean over all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values
+
+
+def all_agree(ok: bool, device: torch.device) -> bool:
+    """True only if every rank says so."""
+    vote = torch.tensor([1 if ok else 0], device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(vote, op=dist.ReduceOp.MIN)
+    return bool(vote.item())
+
+
+def local_masters(engine: Any) -> list[Tensor | None]:
+    """This rank's part of each parameter's fp32 master, in the parameters' order; None where it holds none.
+
+    Views into the optimizer's own memory (DeepSpeed maps each parameter onto its flat fp32 partition).
+    """
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    masters: list[Tensor | None] = []
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, "ds_id"):  # ZeRO-3
+            masters.append(safe_get_local_fp32_param(parameter))
+        elif getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO-1 and 2
+            masters.append(parameter._hp_mapping.get_hp_fragment())
+        elif hasattr(engine.optimizer, "bf16_groups") or engine.zero_optimization_stage() > 0:
+            masters.append(None)
+        else:
+            masters.append(parameter.data)
+    return masters
+
+
+class WeightAverage:
+    """Running mean of the fp32 masters, kept where the masters are: sharded like them, no communication.
+
+    The decay grows as (1 + n) / (10 + n) up to its bound, so that short runs are averaged too.
+    """
+
+    def __init__(self, engine: Any, decay: float):
+        self.engine, self.decay, self.updates = engine, decay, 0
+        self.average = [None if m is None else m.detach().clone() for m in local_masters(engine)]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        pairs = [(a, m) for a, m in zip(self.average, local_masters(self.engine), strict=True) if a is not None]
+        torch._foreach_lerp_([a for a, _ in pairs], [m.detach() for _, m in pairs if m is not None], weight)
+
+    @torch.no_grad()
+    def gather(self) -> dict[str, Tensor] | None:
+        """The averaged weights, whole, in fp32 on the CPU of rank 0; None elsewhere.  Every rank must call it.
+
+        The average stands in for the masters while DeepSpeed assembles them; the masters come back afterwards.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        masters = local_masters(self.engine)
+        kept = [None if m is None else m.detach().clone() for m in masters]
+        self._write(self.average)
+        gathered = {}
+        for name, parameter in self.engine.module.named_parameters():
+            whole = safe_get_full_fp32_param(parameter)
+            if whole is None:
+                whole = parameter.data
+            if self.engine.global_rank == 0:
+                gathered[name] = whole.detach().float().cpu().clone()
+        self._write(kept)
+        return gathered if self.engine.global_rank == 0 else None
+
+    def _write(self, values: list[Tensor | None]) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        for parameter, master, value in zip(
+            self.engine.module.parameters(), local_masters(self.engine), values, strict=True
+        ):
+            if master is None or value is None:
+                continue
+            if hasattr(parameter, "ds_id"):
+                safe_set_local_fp32_param(parameter, value)
+            else:
+                master.data.copy_(value)

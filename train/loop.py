@@ -1,0 +1,275 @@
+"""The training loop of both stages.  A stage differs by its values: which branches it mixes and what it starts from."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from data.files import UserError, atomic_file, require_writable
+from data.progress import Progress
+from data.stream import Batch, ViewDataset, micro_batches
+from models.autoencoder import load_autoencoder
+from models.checkpoint import ExportInfo, MultiViewModel, load_unet, make_scheduler, read_info, save_export
+from models.image_encoder import load_image_encoder
+from models.multiview import build_unet
+from train.checkpoints import TrainState, checkpoint_folders, load_checkpoint, save_checkpoint
+from train.config import OptimConfig, TrainConfig
+from train.engine import WeightAverage, build_engine, mean_over_ranks, prepare_environment
+from train.monitor import Monitor
+from train.objective import Encoders, choose_branch, training_loss
+from train.samples import sample_grid
+
+
+def train(config: TrainConfig) -> None:
+    """Trains to `config.steps`, from the newest checkpoint if there is one, and writes `export/`."""
+    run = set_up(config)
+    if run is None:
+        return
+    state, engine = run.state, run.engine
+    logged = time.monotonic()
+    losses: dict[str, list[torch.Tensor]] = {}
+    waited = 0.0
+    shape = run.model.latent_shape
+    with Progress(f"stage {config.stage}", config.steps, "step", state.step, show=run.is_main) as progress:
+        while state.step < config.steps:
+            began = time.monotonic()
+
+            # Learning rate and branch are functions of the step.
+            branch = choose_branch(config.objective, config.seed, state.step)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = learning_rate(config.optim, state.step, config.steps)
+
+            # Accumulate gradients over the micro-batches; the engine reduces, clips and updates at the last.
+            for _ in range(config.accumulation):
+                asked = time.monotonic()
+                batch = next(run.batches)
+                waited += time.monotonic() - asked
+                loss = training_loss(
+                    engine, run.encoders, run.model.scheduler, batch, branch, config.objective, shape, config.seed
+                ).mean()
+                engine.backward(loss)
+                engine.step()
+                losses.setdefault(branch, []).append(loss.detach())
+            run.average.update()
+            state.step += 1
+            state.seconds += time.monotonic() - began
+
+            # Report.
+            if state.step % config.log_every == 0 or state.step == config.steps:
+                seconds = time.monotonic() - logged
+                values = report(run, losses, batch, seconds, waited)
+                losses, waited, logged = {}, 0.0, time.monotonic()
+                progress.facts["loss"] = f"{values['loss']:.4f}"
+            progress.update(1)
+
+            # Look at samples; save.
+            last = state.step == config.steps
+            if last or (config.sample_every and state.step % config.sample_every == 0):
+                sample(run)
+            if last or state.step % config.checkpoint_every == 0:
+                save_checkpoint(run.checkpoints, engine, run.average, state, config.keep_checkpoints)
+    export(run)
+    if run.monitor is not None:
+        run.monitor.close()
+    dist.destroy_process_group()
+
+
+@dataclass
+class Run:
+    """What the loop works on."""
+
+    config: TrainConfig
+    folder: Path
+    engine: Any  # DeepSpeedEngine around the UNet
+    encoders: Encoders
+    model: MultiViewModel  # frozen parts, schedule, and on rank 0 a UNet for the averaged weights
+    dataset: ViewDataset
+    batches: Iterator[Batch]
+    average: WeightAverage
+    state: TrainState
+    monitor: Monitor | None  # rank 0
+    gathered_step: int = -1  # step whose averaged weights `model.unet` holds
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.engine.global_rank == 0)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def set_up(config: TrainConfig) -> Run | None:
+    """Everything before the first step, cheapest checks first.  None when the run had already ended."""
+    folder = Path(config.out)
+    main = int(os.environ.get("RANK", "0")) == 0
+    found = checkpoint_folders(folder / "checkpoints")
+    if config.resume == "never" and found:
+        raise UserError(f"{folder} has checkpoints already and resume=never; choose another name= or out=")
+    if found and found[-1].name == f"step_{config.steps:08d}" and (folder / "export" / "isotropic3d.json").is_file():
+        if main:
+            print(f"stage {config.stage}: {folder}/export is finished at step {config.steps}; nothing to do", flush=True)
+        return None
+    config.accumulation  # noqa: B018  raises when the batch does not divide
+    require_writable(folder, needed_mb=64)
+    dataset = ViewDataset(config.data.shards, config.data.image_size, config.data.num_views, config.seed)
+    if config.model.autoencoder.weights is None:
+        raise UserError("model.autoencoder.weights is not set; give the vae folder of a diffusers model")
+    vae = load_autoencoder(config.model.autoencoder.weights)
+    image_encoder = load_image_encoder(config.model.image_encoder)
+    unet = initial_unet(config)
+    prepare_environment(config.cpu)
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / "config.yaml") as temporary:
+            temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+    accelerator, engine = build_engine(config, unet)
+    average = WeightAverage(engine, config.optim.weight_average_decay)
+    state = TrainState()
+    if found:
+        state = load_checkpoint(found[-1], engine, average)
+        if main:
+            print(f"stage {config.stage}: going on from {found[-1]}", flush=True)
+    cameras = dataset.manifest.cameras
+    scheduler = make_scheduler(config.model.prediction_type, config.model.zero_terminal_snr)
+    info = ExportInfo(
+        image_size=config.data.image_size,
+        num_views=config.data.num_views,
+        elevation_deg=cameras.elevation_deg,
+        fov_deg=cameras.fov_deg,
+        framing=cameras.framing,
+        stage=config.stage,
+        step=state.step,
+    )
+    world, rank = engine.world_size, engine.global_rank
+    model = MultiViewModel(empty_unet(config), vae.to(accelerator.device), image_encoder.to(accelerator.device), scheduler, info)
+    return Run(
+        config=config,
+        folder=folder,
+        engine=engine,
+        encoders=Encoders(model.vae, model.image_encoder),
+        model=model,
+        dataset=dataset,
+        batches=micro_batches(
+            dataset, config.batch_size, config.micro_batch_size, rank, world, state.step, config.data.workers
+        ),
+        average=average,
+        state=state,
+        monitor=Monitor(config, folder, state.step) if main else None,
+    )
+
+
+def empty_unet(config: TrainConfig) -> Any:
+    """The architecture without memory; filled when averaged weights are gathered."""
+    size = config.data.image_size // config.model.autoencoder.downscale
+    with torch.device("meta"):
+        return build_unet(config.model.unet, config.model.autoencoder.latent_channels, size)
+
+
+def initial_unet(config: TrainConfig) -> Any:
+    """From `init_from`'s export, from `model.unet.weights`, or random, keyed by the seed; in that order."""
+    expected = {name: p.shape for name, p in empty_unet(config).named_parameters()}
+    if config.init_from is not None:
+        read_info(config.init_from)
+        source, unet = f"init_from={config.init_from}", load_unet(Path(config.init_from) / "unet")
+    elif config.model.unet.weights is not None:
+        source, unet = f"model.unet.weights={config.model.unet.weights}", load_unet(config.model.unet.weights)
+    else:
+        torch.manual_seed(config.seed)
+        size = config.data.image_size // config.model.autoencoder.downscale
+        return build_unet(config.model.unet, config.model.autoencoder.latent_channels, size).train()
+    actual = {name: p.shape for name, p in unet.named_parameters()}
+    differing = sorted(set(expected.items()) ^ set(actual.items()))
+    if differing:
+        raise UserError(
+            f"{source} is another network than model.unet describes (first difference: {differing[0][0]}); "
+            "choose the model configuration that it was trained with"
+        )
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet.train()
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then constant, or cosine to zero at `steps`."""
+    rate = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    if config.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
+    return rate
+
+
+def report(run: Run, losses: dict[str, list[torch.Tensor]], batch: Batch, seconds: float, waited: float) -> dict[str, float]:
+    """Means over ranks since the last report; stops every rank when the loss is not finite.  Collective."""
+    config = run.config
+    means = torch.stack([torch.stack(values).mean() for _, values in sorted(losses.items())]).float()
+    counts = torch.tensor([float(len(values)) for _, values in sorted(losses.items())], device=means.device)
+    means = mean_over_ranks(means)
+    loss = float((means * counts).sum() / counts.sum())
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {run.state.step} (last objects on this rank: {', '.join(batch.keys)}); "
+            "lower optim.lr or lengthen optim.warmup_steps, and start again from the last checkpoint"
+        )
+    done = counts.sum().item() / config.accumulation
+    values = {
+        "loss": loss,
+        **{f"loss/{branch}": float(mean) for (branch, _), mean in zip(sorted(losses.items()), means, strict=True)},
+        "lr": learning_rate(config.optim, run.state.step - 1, config.steps),
+        "grad_norm": float(run.engine.get_global_grad_norm() or 0.0),
+        "steps_per_s": done / seconds,
+        "images_per_s": done * config.batch_size * config.data.num_views / seconds,
+        "data_wait_share": waited / seconds,
+    }
+    if run.monitor is not None:
+        run.monitor.log(run.state.step, values)
+    return values
+
+
+def fill_averaged_weights(run: Run) -> None:
+    """Puts the averaged weights into `run.model.unet` on rank 0.  Collective."""
+    if run.gathered_step == run.state.step:
+        return
+    weights = run.average.gather()
+    if weights is not None:
+        run.model.unet.load_state_dict(weights, assign=True)
+        run.model.unet.requires_grad_(False).eval()
+    run.model.info.step = run.state.step
+    run.gathered_step = run.state.step
+
+
+def sample(run: Run) -> None:
+    """A grid of sampled views beside the ground truth, drawn by rank 0 while the others wait.  Collective."""
+    fill_averaged_weights(run)
+    if run.monitor is not None:
+        path = run.folder / "samples" / f"step_{run.state.step:08d}.png"
+        psnr = sample_grid(
+            run.model,
+            run.dataset,
+            path,
+            run.config.sample_objects,
+            run.config.sample_steps,
+            run.config.sample_guidance,
+            run.config.seed,
+        )
+        run.monitor.image(run.state.step, "samples", path, "reference, then sampled views over ground truth")
+        run.monitor.log(run.state.step, {"samples/psnr": psnr})
+    dist.barrier()
+
+
+def export(run: Run) -> None:
+    """The finished checkpoint.  Collective."""
+    fill_averaged_weights(run)
+    if run.is_main:
+        save_export(run.folder / "export", run.model)
+        print(f"stage {run.config.stage}: exported {run.folder / 'export'}", flush=True)
+    dist.barrier()

@@ -1,0 +1,120 @@
+"""What both stages minimise: denoise the views of an object given its image embedding and cameras.
+
+Branch a (single view) treats the views as separate pictures without camera; branch b folds them; in stage 2 the clean
+reference view may join the fold (EMA) and never reaches the loss (Isotropic3D, arXiv 2403.10395, sec. 3.2).
+All randomness is keyed by (seed, purpose, step or position), so it does not depend on ranks, workers or resuming.
+Shapes: B objects, V views, C latent channels, h w latent size, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from data.cameras import camera_conditioning
+from data.stream import Batch, keyed_generator
+from models.autoencoder import encode_images
+from models.image_encoder import ClipImageEncoder, embed_image
+from models.multiview import predict_noise_output, predict_with_reference
+from train.config import ObjectiveConfig
+
+SINGLE, MULTI, REFERENCE = "single", "multi", "reference"
+
+
+@dataclass
+class Encoders:
+    """The frozen networks in front of the UNet; never prepared by the engine, no optimizer state."""
+
+    vae: Any
+    image_encoder: ClipImageEncoder
+
+
+@dataclass
+class Draws:
+    """The random part of one batch."""
+
+    timesteps: Tensor  # (B,) int64: one for all views of an object
+    noise: Tensor  # (B, V, C, h, w)
+    posterior: Tensor  # (B, V + 1, C, h, w): the autoencoder's own draw, for the views and the reference
+    drop: Tensor  # (B,) bool: condition dropped
+
+
+def choose_branch(config: ObjectiveConfig, seed: int, step: int) -> str:
+    """The branch of a step, the same on every rank, so that no rank waits for another's longer sequence."""
+    single, reference = keyed_generator(seed, "branch", step).random(2)
+    if single < config.single_view_probability:
+        return SINGLE
+    return REFERENCE if reference < config.reference_probability else MULTI
+
+
+def draw(config: ObjectiveConfig, seed: int, positions: list[int], shape: tuple[int, ...], steps: int) -> Draws:
+    """One object's draws depend on (seed, its position in the stream) alone.  shape (V, C, h, w)."""
+    timesteps, noise, posterior, drop = [], [], [], []
+    for position in positions:
+        generator = keyed_generator(seed, "objective", position)
+        timesteps.append(int(generator.integers(steps)))
+        drop.append(bool(generator.random() < config.condition_dropout))
+        noise.append(torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)))
+        with_reference = (shape[0] + 1, *shape[1:])
+        posterior.append(torch.from_numpy(generator.standard_normal(with_reference, dtype=np.float32)))
+    return Draws(torch.tensor(timesteps), torch.stack(noise), torch.stack(posterior), torch.tensor(drop))
+
+
+def snr_weight(alphas_cumprod: Tensor, gamma: float | None, prediction_type: str) -> Tensor:
+    """Loss weight of each timestep in float32: min-SNR-gamma (arXiv 2303.09556, eq. 9) or ones."""
+    if gamma is None:
+        return torch.ones_like(alphas_cumprod)
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    divisor = snr if prediction_type == "epsilon" else snr + 1
+    return snr.clamp(max=gamma) / divisor.clamp(min=1e-8)
+
+
+def training_loss(
+    unet: Any,
+    encoders: Encoders,
+    scheduler: DDIMScheduler,
+    batch: Batch,
+    branch: str,
+    config: ObjectiveConfig,
+    latent_shape: tuple[int, int, int],
+    seed: int,
+) -> Tensor:
+    """Loss of each object, (B,), in float32.  The reference view's prediction is cut off before it."""
+    b, v = batch.images.shape[:2]
+    device = next(unet.parameters()).device
+    with torch.no_grad():
+        draws = draw(config, seed, batch.positions, (v, *latent_shape), scheduler.config.num_train_timesteps)
+        timesteps, noise, posterior = draws.timesteps.to(device), draws.noise.to(device), draws.posterior.to(device)
+        latents = encode_images(
+            encoders.vae, batch.images.flatten(0, 1).to(device), noise=posterior[:, :v].flatten(0, 1)
+        ).unflatten(0, (b, v))
+        context = embed_image(encoders.image_encoder, batch.reference.to(device))
+        context = context * (~draws.drop.to(device))[:, None, None]  # unconditional = zeros, as in the released code
+        per_view = timesteps.repeat_interleave(v)
+        noisy = scheduler.add_noise(latents.flatten(0, 1), noise.flatten(0, 1), per_view).unflatten(0, (b, v))
+        if scheduler.config.prediction_type == "epsilon":
+            target = noise
+        else:
+            target = scheduler.get_velocity(latents.flatten(0, 1), noise.flatten(0, 1), per_view).unflatten(0, (b, v))
+        camera = camera_conditioning(batch.c2w.to(device))
+        if branch == REFERENCE:
+            reference = encode_images(encoders.vae, batch.reference.to(device) * 2 - 1, noise=posterior[:, v])
+
+    if branch == SINGLE:  # each view its own object, camera vector zero (MVDream's 2D batches)
+        flat = noisy.flatten(0, 1)[:, None]
+        output = predict_noise_output(
+            unet, flat, per_view, context.repeat_interleave(v, 0), torch.zeros_like(camera).flatten(0, 1)[:, None]
+        ).reshape(noisy.shape)
+    elif branch == REFERENCE:
+        output = predict_with_reference(unet, noisy, timesteps, context, camera, reference, config.reference_timestep)
+    else:
+        output = predict_noise_output(unet, noisy, timesteps, context, camera)
+
+    weight = snr_weight(scheduler.alphas_cumprod, config.min_snr_gamma, scheduler.config.prediction_type).to(device)
+    squared = (output.float() - target.float()).square().flatten(1).mean(dim=1)
+    return squared * weight[timesteps]
