@@ -117,6 +117,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     dry_run: bool = False  # print size, FLOPs and memory without weights or data, then stop
+    dry_run_processes: int = 0  # number of processes a dry run assumes; 0: as many as were launched
 
     def __post_init__(self) -> None:
         check(self.stage in (1, 2), f"stage={self.stage} must be 1 or 2")
@@ -141,9 +142,14 @@ class TrainConfig:
         )
 
     @property
+    def processes(self) -> int:
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        return self.dry_run_processes if self.dry_run and self.dry_run_processes > 0 else launched
+
+    @property
     def accumulation(self) -> int:
         """Forward passes a step on each process.  ConfigError when the batch does not divide."""
-        world = int(os.environ.get("WORLD_SIZE", "1"))
+        world = self.processes
         share = world * self.micro_batch_size
         check(
             self.batch_size % share == 0,

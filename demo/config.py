@@ -1,0 +1,22 @@
+"""What the demo can choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DemoConfig:
+    out: str = "runs/demo"  # everything the demo makes
+    cache: str = ".cache"  # downloaded objects
+    source: str | None = None  # folder or library of objects; null: Debian's sweethome3d-furniture
+    distill: str = "cactus"  # uid of the object to distil
+    processes: int = 2  # training processes
+    strict: bool = True  # exit non-zero when the result misses the bars
+    # More overrides for single steps, for instance stage1='[steps=4]'.
+    render: list[str] = field(default_factory=list)
+    pack: list[str] = field(default_factory=list)
+    small: list[str] = field(default_factory=list)
+    stage1: list[str] = field(default_factory=list)
+    stage2: list[str] = field(default_factory=list)
+    generate: list[str] = field(default_factory=list)

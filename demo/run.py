@@ -1,0 +1,133 @@
+"""The whole road, small: objects -> renders -> shards -> stage 1 -> stage 2 -> NeRF -> mesh -> report.
+
+    python demo/run.py [out=runs/demo] [source=folder/of/glbs] [stage1='[steps=500]' ...]
+
+Each step is the command a user would type; it is run once, and again only when it or a step before it has changed.
+Interrupted at any point, the demo goes on where it was: each command resumes by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.cli import run
+from data.files import UserError, require_writable, write_json
+from demo.config import DemoConfig
+from demo.objects import fetch_objects
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = [sys.executable]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1"]
+
+
+@dataclass
+class Step:
+    name: str
+    command: list[str]
+
+
+def steps(config: DemoConfig, source: str) -> list[Step]:
+    """The commands, in order."""
+    out = config.out
+    launch = [*ACCELERATE, "--num_processes", str(config.processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    shards, parts = f"{out}/shards", f"{out}/parts"
+    weights = [f"model.autoencoder.weights={parts}/vae", f"model.image_encoder.weights={parts}/image_encoder"]
+    training = ["experiment=demo", f"data.shards={shards}", *weights]
+    stage1, stage2 = f"{out}/stage1", f"{out}/stage2"
+    generate = ["experiment=demo", f"checkpoint={stage2}/export", f"out={out}/distill"]
+    return [
+        Step(
+            "render",
+            [*PYTHON, "data/render.py", "experiment=demo", f"source={source}", f"out={out}/views", *config.render],
+        ),
+        Step("pack", [*PYTHON, "data/pack.py", "experiment=demo", f"views={out}/views", f"out={shards}", *config.pack]),
+        Step("small", [*PYTHON, "models/small.py", f"shards={shards}", f"out={parts}", *config.small]),
+        Step("stage1", [*launch, "train/stage1.py", *training, f"out={stage1}", *config.stage1]),
+        Step(
+            "stage2",
+            [*launch, "train/stage2.py", *training, f"out={stage2}", f"init_from={stage1}/export", *config.stage2],
+        ),
+        Step("reference", [*PYTHON, "-m", "demo.reference", f"{out}/views/{config.distill}", f"{out}/reference.png"]),
+        Step("generate", [*PYTHON, "distill/generate.py", *generate, f"image={out}/reference.png", *config.generate]),
+        Step("proof", [*PYTHON, "-m", "demo.proof", out, config.distill]),
+    ]
+
+
+def run_step(step: Step, number: int, total: int, out: Path, before: str) -> str:
+    """Runs one command unless it has run with the same inputs; returns the fingerprint for the next.
+
+    Raises UserError with the command when it fails.
+    """
+    fingerprint = hashlib.sha256(json.dumps([before, step.command[1:]]).encode()).hexdigest()
+    done = out / "steps" / f"{step.name}.json"
+    record = json.loads(done.read_text()) if done.is_file() else {}
+    title = f"[{number}/{total}] {step.name}"
+    if record.get("fingerprint") == fingerprint and record.get("finished"):
+        print(f"{title}: done already ({record['seconds']:.0f} s)", flush=True)
+        return fingerprint
+    spent = record.get("seconds", 0.0) if record.get("fingerprint") == fingerprint else 0.0
+    print(f"{title}: {' '.join(step.command[1:])}", flush=True)
+    began = time.monotonic()
+    peak_mib = 0.0
+    status = -1
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(step.command, cwd=ROOT, env=environment)
+    try:
+        _, wait_status, usage = os.wait4(process.pid, 0)
+        status, peak_mib = os.waitstatus_to_exitcode(wait_status), usage.ru_maxrss / 1024
+        process.returncode = status
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    finally:
+        seconds = spent + time.monotonic() - began
+        record = {
+            "fingerprint": fingerprint,
+            "finished": status == 0,
+            "seconds": round(seconds, 1),
+            "peak_mib": round(peak_mib),
+            "command": step.command[1:],
+        }
+        write_json(done, record)
+    if status != 0:
+        raise UserError(
+            f"step {step.name} ended with status {status}; its own words are above. When mended, run the demo again: "
+            "it goes on from here"
+        )
+    print(f"{title}: {seconds:.0f} s, largest process {peak_mib:.0f} MiB", flush=True)
+    return fingerprint
+
+
+def main(config: DemoConfig) -> None:
+    out = Path(config.out)
+    os.chdir(ROOT)
+    require_writable(out, needed_mb=1024)
+    began = time.monotonic()
+    if config.source is None:
+        source, words = fetch_objects(Path(config.cache))
+        print(words, flush=True)
+    else:
+        source = Path(config.source)
+    plan = steps(config, str(source))
+    before = ""
+    for number, step in enumerate(plan, 1):
+        before = run_step(step, number, len(plan), out, before)
+
+    from demo.report import verdict, write_demo_report
+
+    path = write_demo_report(out)
+    ok, words = verdict(json.loads((out / "proof.json").read_text()))
+    print(f"\n{words}\nreport: {path}   mesh: {out}/distill/mesh.glb   ({time.monotonic() - began:.0f} s this time)")
+    if not ok and config.strict:
+        raise UserError("the demo missed its bars; see the report")
+
+
+if __name__ == "__main__":
+    run(DemoConfig, "demo/run", main)

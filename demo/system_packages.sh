@@ -1,0 +1,28 @@
+#!/bin/sh
+# Installs those of the named Debian packages that are missing, and g++ where there is no C++ compiler.
+# Where apt is not there or not allowed, it says what to install and goes on: the commands that need them will say so too.
+set -u
+missing=""
+command -v g++ >/dev/null 2>&1 || missing="g++"
+if command -v dpkg-query >/dev/null 2>&1; then
+  for package in "$@"; do
+    dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q "ok installed" || missing="$missing $package"
+  done
+fi
+[ -z "$missing" ] && exit 0
+if ! command -v apt-get >/dev/null 2>&1; then
+  echo "note: install these with your package manager:$missing" >&2
+  exit 0
+fi
+sudo=""
+if [ "$(id -u)" != 0 ]; then
+  sudo="sudo -n"
+  $sudo true 2>/dev/null || { echo "note: not root; please run: apt-get install$missing" >&2; exit 0; }
+fi
+echo "installing system packages: $missing"
+export DEBIAN_FRONTEND=noninteractive
+# Debian and Ubuntu renamed a few (libgl1 is stable); install what exists, say what does not.
+$sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null 2>&1 ||
+  { $sudo apt-get update -qq && $sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null; } ||
+  echo "note: apt-get could not install all of:$missing" >&2
+exit 0
