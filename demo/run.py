@@ -36,7 +36,15 @@ class Step:
 def steps(config: DemoConfig, source: str) -> list[Step]:
     """The commands, in order."""
     out = config.out
-    launch = [*ACCELERATE, "--num_processes", str(config.processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = [
+        *ACCELERATE,
+        "--num_processes",
+        str(config.processes),
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     shards, parts = f"{out}/shards", f"{out}/parts"
     weights = [f"model.autoencoder.weights={parts}/vae", f"model.image_encoder.weights={parts}/image_encoder"]
     training = ["experiment=demo", f"data.shards={shards}", *weights]

@@ -1,6 +1,6 @@
 """The small autoencoder and image encoder for machines without pretrained weights, fitted to shards in seconds.
 
-    python models/small.py shards=runs/demo/shards out=runs/demo/parts
+python models/small.py shards=runs/demo/shards out=runs/demo/parts
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ def main(config: SmallConfig) -> None:
     out = Path(config.out)
     require_writable(out)
     dataset = ViewDataset(config.shards, config.image_size, 1, config.seed)
-    views, references = [], []
+    views, references, objects = [], [], []
     for number in range(min(config.max_objects, len(dataset.index))):
         members, meta = dataset.read(number)
         views += [dataset.image(members, view) for view in views_of(meta, "ring")]
-        references += [dataset.image(members, view) for view in views_of(meta, "reference")]
+        shown = [dataset.image(members, view) for view in views_of(meta, "reference")]
+        references += shown
+        objects += [number] * len(shown)
     if not views or not references:
         raise UserError(f"{config.shards}: its objects have no ring views or no reference views; render them again")
     images = torch.stack(views) * 2 - 1
@@ -52,11 +54,13 @@ def main(config: SmallConfig) -> None:
     vae = fit_patch_codec(images, config.patch_size, config.latent_channels)
     with torch.no_grad():
         error = (decode_latents(vae, encode_images(vae, images)) - torch.stack(views)).square().mean()
-    image_encoder = fit_random_tower(torch.stack(references), embed_dim=config.embed_dim)
+    image_encoder = fit_random_tower(torch.stack(references), torch.tensor(objects), embed_dim=config.embed_dim)
     for name, part in (("vae", vae), ("image_encoder", image_encoder)):
         with atomic_folder(out / name) as temporary:
             part.save_pretrained(temporary)
-    print(f"codec: {-10 * math.log10(float(error)):.1f} dB on {len(views)} views; wrote {out}/vae and {out}/image_encoder")
+    print(
+        f"codec: {-10 * math.log10(float(error)):.1f} dB on {len(views)} views; wrote {out}/vae and {out}/image_encoder"
+    )
 
 
 if __name__ == "__main__":

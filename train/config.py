@@ -81,7 +81,8 @@ class WandbConfig:
 
     def __post_init__(self) -> None:
         check(
-            self.mode in ("online", "offline", "disabled"), f"wandb.mode={self.mode} must be online, offline or disabled"
+            self.mode in ("online", "offline", "disabled"),
+            f"wandb.mode={self.mode} must be online, offline or disabled",
         )
 
 
@@ -127,9 +128,7 @@ class TrainConfig:
             "stage 1 has no reference view; set it to 0",
         )
         check(self.resume in ("auto", "never"), f"resume={self.resume} must be auto or never")
-        check(
-            self.precision in ("auto", "bf16", "fp32"), f"precision={self.precision} must be auto, bf16 or fp32"
-        )
+        check(self.precision in ("auto", "bf16", "fp32"), f"precision={self.precision} must be auto, bf16 or fp32")
         for name in ("steps", "batch_size", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
             check(value >= 1, f"{name}={value} must be at least 1")

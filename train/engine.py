@@ -25,7 +25,10 @@ def prepare_environment(cpu: bool) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # DeepSpeed compiles its CPU communication op at first use; without these it dies in a long traceback.
         os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"
-        for program, remedy in (("ninja", "pip install ninja"), ("g++", "install a C++ compiler, such as Debian's g++")):
+        for program, remedy in (
+            ("ninja", "pip install ninja"),
+            ("g++", "install a C++ compiler, such as Debian's g++"),
+        ):
             if shutil.which(program) is None:
                 raise UserError(f"DeepSpeed on the CPU needs {program} on the PATH; {remedy}")
     if "RANK" not in os.environ:  # started as plain `python train/stage1.py`: a world of one

@@ -117,7 +117,9 @@ def set_up(config: TrainConfig) -> Run | None:
         raise UserError(f"{folder} has checkpoints already and resume=never; choose another name= or out=")
     if found and found[-1].name == f"step_{config.steps:08d}" and (folder / "export" / "isotropic3d.json").is_file():
         if main:
-            print(f"stage {config.stage}: {folder}/export is finished at step {config.steps}; nothing to do", flush=True)
+            print(
+                f"stage {config.stage}: {folder}/export is finished at step {config.steps}; nothing to do", flush=True
+            )
         return None
     config.accumulation  # noqa: B018  raises when the batch does not divide
     require_writable(folder, needed_mb=64)
@@ -152,7 +154,9 @@ def set_up(config: TrainConfig) -> Run | None:
         step=state.step,
     )
     world, rank = engine.world_size, engine.global_rank
-    model = MultiViewModel(empty_unet(config), vae.to(accelerator.device), image_encoder.to(accelerator.device), scheduler, info)
+    model = MultiViewModel(
+        empty_unet(config), vae.to(accelerator.device), image_encoder.to(accelerator.device), scheduler, info
+    )
     return Run(
         config=config,
         folder=folder,
@@ -208,7 +212,9 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return rate
 
 
-def report(run: Run, losses: dict[str, list[torch.Tensor]], batch: Batch, seconds: float, waited: float) -> dict[str, float]:
+def report(
+    run: Run, losses: dict[str, list[torch.Tensor]], batch: Batch, seconds: float, waited: float
+) -> dict[str, float]:
     """Means over ranks since the last report; stops every rank when the loss is not finite.  Collective."""
     config = run.config
     means = torch.stack([torch.stack(values).mean() for _, values in sorted(losses.items())]).float()
