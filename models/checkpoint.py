@@ -53,9 +53,9 @@ class MultiViewModel:
 
     def to(self, device: str | torch.device, dtype: torch.dtype) -> MultiViewModel:
         """UNet and autoencoder in `dtype`; the image encoder stays in fp32."""
-        self.unet.to(device, dtype)
-        self.vae.to(device, dtype)
-        self.image_encoder.to(device)
+        # nn.Module's own `to`: diffusers' warns about modules to keep in fp32, of which these networks have none.
+        for part, kind in ((self.unet, dtype), (self.vae, dtype), (self.image_encoder, torch.float32)):
+            torch.nn.Module.to(part, device=device, dtype=kind)
         return self
 
 

@@ -48,13 +48,27 @@ class ClipImageEncoder(ModelMixin, ConfigMixin):
 def preprocess(images: Tensor, size: int) -> Tensor:
     """images (N, 3, H, W) in [0, 1] -> (N, 3, size, size), CLIP-normalised, as the released code does it.
 
-    Bicubic with align_corners and antialias; no crop, no clamp.
+    Bicubic with aligned corners, after a Gaussian blur where the picture shrinks (kornia.geometry.resize with
+    antialias); no crop, no clamp.
     """
-    resized = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=True, antialias=True)
-    mean, std = (
-        torch.tensor(v, dtype=images.dtype, device=images.device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD)
-    )
-    return (resized - mean) / std
+    shrink = [max(side / size, 1.0) for side in images.shape[-2:]]
+    for dim, factor in zip((2, 3), shrink, strict=True):
+        if max(shrink) > 1:
+            images = _blur(images, dim, sigma=max((factor - 1) / 2, 0.001))
+    resized = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=True)
+    mean, std = (torch.tensor(v, dtype=images.dtype, device=images.device) for v in (CLIP_MEAN, CLIP_STD))
+    return (resized - mean[:, None, None]) / std[:, None, None]
+
+
+def _blur(images: Tensor, dim: int, sigma: float) -> Tensor:
+    """Gaussian along dimension 2 or 3 with mirrored borders; kernel of 4 sigma, odd, at least 3 (kornia's choice)."""
+    width = int(max(4 * sigma, 3)) | 1
+    offset = torch.arange(width, dtype=images.dtype, device=images.device) - width // 2
+    kernel = torch.exp(-offset.square() / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).view(1, 1, *((width, 1) if dim == 2 else (1, width)))
+    half = width // 2
+    padded = F.pad(images, (0, 0, half, half) if dim == 2 else (half, half, 0, 0), mode="reflect")
+    return F.conv2d(padded, kernel.expand(images.shape[1], 1, *kernel.shape[2:]), groups=images.shape[1])
 
 
 def embed_image(encoder: ClipImageEncoder, images: Tensor) -> Tensor:

@@ -1,0 +1,106 @@
+"""The finished checkpoint: what is written is what is read, and foreign folders are refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from data.cameras import orbit_camera
+from data.files import UserError
+from models.autoencoder import fit_patch_codec
+from models.checkpoint import ExportInfo, MultiViewModel, load_export, make_scheduler, save_export
+from models.config import UNetConfig
+from models.image_encoder import ClipImageEncoder, embed_image
+from models.multiview import build_unet
+from models.sampling import guide, sample_views
+
+
+def small_model() -> MultiViewModel:
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 1, "head_width": 48}
+    return MultiViewModel(
+        unet=build_unet(UNetConfig(None, [32, 64], [1, 2], 1, 24, True), 6, 4).eval(),
+        vae=fit_patch_codec(torch.rand(20, 3, 32, 32) * 2 - 1, 8, 6).eval(),
+        image_encoder=ClipImageEncoder(24, vision).eval(),
+        scheduler=make_scheduler("v_prediction", zero_terminal_snr=True),
+        info=ExportInfo(32, 4, (0.0, 30.0), (40.0, 40.0), (0.58, 0.6), stage=2, step=7),
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "export"
+    save_export(folder, small_model())
+    return folder
+
+
+def cameras() -> torch.Tensor:
+    return orbit_camera(torch.arange(4) * 90.0, torch.tensor(15.0), torch.tensor(1.6))
+
+
+def test_round_trip(exported) -> None:
+    model, loaded = small_model(), load_export(exported)
+    assert loaded.info == model.info
+    assert loaded.scheduler.config.prediction_type == "v_prediction"
+    context = torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(0))
+    pictures = [
+        sample_views(m, context, cameras().expand(2, 4, 4, 4), 3.0, 0.5, 4, generator=torch.Generator().manual_seed(5))
+        for m in (model, loaded)
+    ]
+    assert pictures[0].shape == (2, 4, 3, 32, 32)
+    torch.testing.assert_close(*pictures, atol=1e-5, rtol=0)
+
+
+def test_guidance_one_is_the_conditional_network(exported) -> None:
+    model = load_export(exported)
+    context = embed_image(model.image_encoder, torch.rand(1, 3, 32, 32))
+    one, explicit = (
+        sample_views(model, context, cameras()[None], g, 0.0, 3, generator=torch.Generator().manual_seed(0))
+        for g in (1.0, 1.0 + 1e-6)
+    )
+    torch.testing.assert_close(one, explicit, atol=1e-3, rtol=1e-3)
+
+
+def test_rescaled_guidance_keeps_the_conditional_spread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    c, u = torch.randn(2, 3, 4, 4, 8, 8, generator=generator)
+    full = guide(c, u, 7.0, 1.0)
+    torch.testing.assert_close(full.flatten(1).std(dim=1), c.flatten(1).std(dim=1))
+    torch.testing.assert_close(guide(c, u, 1.0, 0.0), c)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: shutil.rmtree(f), "is not a folder"),
+        (lambda f: (f / "isotropic3d.json").unlink(), "not an export of this project"),
+        (lambda f: (f / "isotropic3d.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "isotropic3d.json").write_text('{"format": "other"}'), "not of format"),
+        (lambda f: (f / "unet" / "config.json").write_text('{"_class_name": "X"}'), "UNet2DConditionModel"),
+        (
+            lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(
+                (f / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()[:5000]
+            ),
+            "cannot be loaded",
+        ),
+    ],
+)
+def test_foreign_and_damaged_folders(exported, tmp_path, spoil, words) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(exported, folder)
+    spoil(folder)
+    with pytest.raises(UserError, match=words):
+        load_export(folder)
+
+
+def test_a_single_view_model_is_refused(exported, tmp_path) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(exported, folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    config["projection_class_embeddings_input_dim"] = 7
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="not a multi-view model"):
+        load_export(folder)
