@@ -1,0 +1,149 @@
+"""The objective: keyed randomness, branches, weights, and a reference that never reaches the loss."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from data.cameras import orbit_camera
+from data.stream import Batch
+from models.autoencoder import fit_patch_codec
+from models.checkpoint import make_scheduler
+from models.config import UNetConfig
+from models.image_encoder import ClipImageEncoder
+from models.multiview import build_unet
+from train.config import ObjectiveConfig
+from train.objective import MULTI, REFERENCE, SINGLE, Encoders, choose_branch, draw, snr_weight, training_loss
+
+LATENT = (6, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def networks():
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 1, "head_width": 48}
+    codec = fit_patch_codec(torch.rand(20, 3, 32, 32) * 2 - 1, 8, 6).requires_grad_(False)
+    unet = build_unet(UNetConfig(None, [32, 64], [1, 2], 1, 24, True), *LATENT[:2])
+    return unet, Encoders(codec, ClipImageEncoder(24, vision).requires_grad_(False).eval())
+
+
+def batch(positions: list[int]) -> Batch:
+    generator = torch.Generator().manual_seed(9)
+    count = len(positions)
+    return Batch(
+        images=torch.rand(count, 4, 3, 32, 32, generator=generator) * 2 - 1,
+        reference=torch.rand(count, 3, 32, 32, generator=generator),
+        c2w=orbit_camera(torch.arange(4) * 90.0, torch.tensor(10.0), torch.tensor(2.0)).expand(count, 4, 4, 4),
+        positions=positions,
+        keys=[str(p) for p in positions],
+    )
+
+
+def loss(networks, branch: str, config: ObjectiveConfig | None = None, positions=(3, 8), prediction="v_prediction"):
+    unet, encoders = networks
+    scheduler = make_scheduler(prediction, zero_terminal_snr=prediction == "v_prediction")
+    return training_loss(
+        unet, encoders, scheduler, batch(list(positions)), branch, config or ObjectiveConfig(), LATENT, 0
+    )
+
+
+def test_draws_depend_on_position_alone() -> None:
+    config = ObjectiveConfig(condition_dropout=0.5)
+    together = draw(config, 0, [5, 6, 7], (4, *LATENT), 1000)
+    alone = draw(config, 0, [6], (4, *LATENT), 1000)
+    assert torch.equal(together.noise[1], alone.noise[0])
+    assert together.timesteps[1] == alone.timesteps[0] and together.drop[1] == alone.drop[0]
+    assert not torch.equal(draw(config, 1, [6], (4, *LATENT), 1000).noise, alone.noise)
+
+
+def test_draws_have_the_right_distribution() -> None:
+    config = ObjectiveConfig(condition_dropout=0.25)
+    many = draw(config, 0, list(range(4000)), (1, 1, 1, 1), 1000)
+    assert abs(float(many.drop.float().mean()) - 0.25) < 0.03
+    assert abs(float(many.timesteps.float().mean()) - 499.5) < 20
+    assert many.timesteps.min() >= 0 and many.timesteps.max() <= 999
+    assert abs(float(many.noise.mean())) < 0.05 and abs(float(many.noise.std()) - 1) < 0.05
+
+
+def test_branches_are_mixed_as_configured() -> None:
+    config = ObjectiveConfig(single_view_probability=0.3, reference_probability=0.5)
+    drawn = [choose_branch(config, 0, step) for step in range(4000)]
+    for branch, share in ((SINGLE, 0.3), (MULTI, 0.35), (REFERENCE, 0.35)):
+        assert abs(drawn.count(branch) / 4000 - share) < 0.03
+    assert {choose_branch(ObjectiveConfig(single_view_probability=0), 0, s) for s in range(50)} == {MULTI}
+
+
+@pytest.mark.parametrize("branch", [SINGLE, MULTI, REFERENCE])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_every_branch_trains_all_weights_and_repeats(networks, branch, prediction) -> None:
+    unet, _ = networks
+    unet.zero_grad()
+    first = loss(networks, branch, prediction=prediction)
+    first.mean().backward()
+    assert first.shape == (2,) and torch.isfinite(first).all()
+    without = [name for name, p in unet.named_parameters() if p.grad is None]
+    assert without == []
+    # A single-token context makes cross-attention's queries and keys idle, so only look where a gradient must be.
+    assert float(unet.conv_in.weight.grad.abs().sum()) > 0
+    torch.testing.assert_close(loss(networks, branch, prediction=prediction), first)
+
+
+def test_a_network_that_knows_the_target_has_no_loss(networks) -> None:
+    """The epsilon target is the very noise that was drawn, and the reference's output is not asked for."""
+    _, encoders = networks
+    drawn = draw(ObjectiveConfig(), 0, [3, 8], (4, *LATENT), 1000)
+
+    class Oracle(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv_in = torch.nn.Conv2d(1, 1, 1)
+
+        def forward(self, sample, timesteps, cross_attention_kwargs, **_):
+            views = cross_attention_kwargs["num_views"]
+            output = torch.full((2, views, *LATENT), 1e6)  # whatever the network says of the reference
+            output[:, :4] = drawn.noise
+            return (output.flatten(0, 1),)
+
+    scheduler = make_scheduler("epsilon", zero_terminal_snr=False)
+    value = training_loss(
+        Oracle(), encoders, scheduler, batch([3, 8]), REFERENCE, ObjectiveConfig(condition_dropout=0), LATENT, 0
+    )
+    assert value.tolist() == [0, 0]
+
+
+def test_single_views_do_not_see_each_other(networks) -> None:
+    unet, encoders = networks
+    scheduler = make_scheduler("v_prediction", zero_terminal_snr=True)
+
+    def view_losses(branch: str, changed: bool) -> torch.Tensor:
+        data = batch([3])
+        if changed:
+            data.images[0, 0] *= -1
+        seen = []
+        handle = unet.register_forward_hook(lambda m, a, out: seen.append(out[0]))
+        with torch.no_grad():
+            training_loss(unet, encoders, scheduler, data, branch, ObjectiveConfig(), LATENT, 0)
+        handle.remove()
+        return seen[0]
+
+    for branch, alike in ((SINGLE, True), (MULTI, False)):
+        difference = (view_losses(branch, False)[1:] - view_losses(branch, True)[1:]).abs().max()
+        assert (difference < 1e-6) == alike
+
+
+def test_dropped_condition_is_zeros(networks) -> None:
+    unet, encoders = networks
+    blind = copy.deepcopy(encoders)
+    for p in blind.image_encoder.parameters():
+        p.zero_()
+    everything = ObjectiveConfig(condition_dropout=1.0)
+    torch.testing.assert_close(loss((unet, encoders), MULTI, everything), loss((unet, blind), MULTI, everything))
+
+
+def test_min_snr_weights() -> None:
+    alphas = torch.tensor([0.9, 0.5, 0.1])  # SNR 9, 1, 1/9
+    assert snr_weight(alphas, None, "epsilon").tolist() == [1, 1, 1]
+    torch.testing.assert_close(snr_weight(alphas, 5.0, "epsilon"), torch.tensor([5 / 9, 1.0, 1.0]))
+    torch.testing.assert_close(snr_weight(alphas, 5.0, "v_prediction"), torch.tensor([0.5, 0.5, 0.1]))
