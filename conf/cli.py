@@ -110,6 +110,9 @@ def _explain(error: BaseException, schema: Any) -> str:
         named = re.search(r"full_key: ([\w.]+)", text)
         key = named.group(1) if named else unknown.group(1)
         return _unknown(key, schema)
+    absent = re.search(r"missing mandatory value: (\w+)", text)
+    if absent:
+        return f"{absent.group(1)} is not set; give {absent.group(1)}=..."
     full_key = re.search(r"full_key: ([\w.]+)", text)
     if full_key:
         return f"{full_key.group(1)}: {str(chain[-1]).splitlines()[0]}"

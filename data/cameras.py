@@ -38,7 +38,9 @@ def framing_distance(framing: Tensor | float, fov_deg: Tensor | float) -> Tensor
 
     The form of the released config, "U(0.8, 1.0) / tan(fov/2)".
     """
-    return torch.as_tensor(framing) / torch.tan(torch.deg2rad(torch.as_tensor(fov_deg, dtype=torch.get_default_dtype())) / 2)
+    return torch.as_tensor(framing) / torch.tan(
+        torch.deg2rad(torch.as_tensor(fov_deg, dtype=torch.get_default_dtype())) / 2
+    )
 
 
 def camera_rays(c2w: Tensor, fov_deg: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -69,9 +71,7 @@ def camera_conditioning(c2w: Tensor) -> Tensor:
     MVDream's azimuth 0 lies on the world's -y (mvdream/camera_utils.py: y-up OpenGL to Blender axes), ours on +x:
     the world is turned by -90 degrees about z, so that pretrained MVDream weights see the views they know.
     """
-    turn = torch.tensor(
-        [[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=c2w.dtype, device=c2w.device
-    )
+    turn = torch.tensor([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=c2w.dtype, device=c2w.device)
     turned = turn @ c2w
     length = turned[..., :3, 3].norm(dim=-1, keepdim=True)
     if not bool((length > math.ulp(1.0)).all()):

@@ -43,7 +43,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -69,7 +71,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.rename(path)
         fsync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
