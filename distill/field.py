@@ -33,7 +33,10 @@ class FieldConfig:
 
     def __post_init__(self) -> None:
         check(self.bound >= 0.5, f"field.bound={self.bound} must be at least 0.5: objects reach that far")
-        check(self.levels >= 1 and self.features >= 1, f"field.levels={self.levels} and features={self.features} must be >= 1")
+        check(
+            self.levels >= 1 and self.features >= 1,
+            f"field.levels={self.levels} and features={self.features} must be >= 1",
+        )
         check(8 <= self.log2_entries <= 24, f"field.log2_entries={self.log2_entries} must be 8 to 24")
         check(
             2 <= self.base_resolution <= self.max_resolution,

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 PRIMES = (1, 2654435761, 805459861)  # arXiv 2201.05989, eq. 4
-CHUNK = {"cpu": 4096, "cuda": 2**20}  # points worked on at once: as many as the CPU's cache holds
+CHUNK = {"cpu": 2048, "cuda": 2**20}  # points worked on at once: as many as the CPU's cache holds
 
 
 @dataclass(frozen=True)
 class GridLayout:
-    """Where each level lives in one table.  Hashed levels come first, so that their offsets are multiples of `entries`."""
+    """Where each level lives in one table.  Hashed ones come first: their offsets are multiples of `entries`."""
 
     resolutions: tuple[int, ...]  # cells a side, coarse to fine
     entries: int  # table entries of a hashed level, a power of two
@@ -67,25 +67,27 @@ def locate(points: Tensor, layout: GridLayout) -> tuple[Tensor, Tensor]:
     """points (N, 3) in [0, 1] -> table rows of the 8 corners (2, 2, 2, L, N) int32 (x, y, z; low then high), and the
     position inside the cell (3, L, N) in [0, 1].
     """
-    device = points.device
-    resolution = torch.tensor(layout.resolutions, device=device)
-    scaled = points.T[:, None] * resolution[:, None].to(points.dtype)  # (3, L, N)
-    low = torch.minimum(scaled.detach().floor(), (resolution[:, None] - 1).to(points.dtype)).clamp_(min=0)
-    fraction = scaled - low
-    low = low.to(torch.int32)
-    ends = torch.stack([low, low + 1])  # (2, 3, L, N)
+    device, split = points.device, layout.num_dense
+    resolution = torch.tensor(layout.resolutions, dtype=points.dtype, device=device)[:, None]
+    inside = points.T.clamp(0, 1 - 1e-6)[:, None]  # 1 itself belongs to the last cell
+    scaled = inside * resolution  # (3, L, N)
+    low = scaled.detach().to(torch.int32)
+    fraction = scaled.frac()
+    # A vertex's row is built from one number per axis: added up where the level is dense, xored where it is hashed.
+    strides = [(1, r + 1, (r + 1) ** 2) for r in layout.resolutions[:split]]
+    strides += [tuple(_int32(prime) for prime in PRIMES)] * (len(layout.resolutions) - split)
+    stride = torch.tensor(strides, dtype=torch.int32, device=device).T[..., None]  # (3, L, 1)
     offset = torch.tensor(layout.offsets, dtype=torch.int32, device=device)[:, None]
+    ends = torch.empty(2, *low.shape, dtype=torch.int32, device=device)
+    torch.mul(low, stride, out=ends[0])
+    torch.add(ends[0], stride, out=ends[1])
+    ends[:, :, split:].bitwise_and_(layout.entries - 1)
+    ends[:, 0] += offset  # of a hashed level a multiple of `entries`: xor leaves it alone
     rows = torch.empty(2, 2, 2, *low.shape[1:], dtype=torch.int32, device=device)
-    split = layout.num_dense
-    if split:
-        side = torch.tensor([r + 1 for r in layout.resolutions[:split]], dtype=torch.int32, device=device)[:, None]
-        x, y, z = ends[:, 0, :split] + offset[:split], ends[:, 1, :split] * side, ends[:, 2, :split] * side * side
-        torch.add((x[:, None] + y)[:, :, None], z, out=rows[..., :split, :])
-    if split < len(layout.resolutions):
-        mask = layout.entries - 1
-        x, y, z = ((ends[:, d, split:] * _int32(PRIMES[d])).bitwise_and_(mask) for d in range(3))
-        x += offset[split:]  # a multiple of `entries`: xor leaves it alone
-        torch.bitwise_xor((x[:, None] ^ y)[:, :, None], z, out=rows[..., split:, :])
+    x, y, z = ends[:, 0, :split], ends[:, 1, :split], ends[:, 2, :split]
+    torch.add((x[:, None] + y)[:, :, None], z, out=rows[..., :split, :])
+    x, y, z = ends[:, 0, split:], ends[:, 1, split:], ends[:, 2, split:]
+    torch.bitwise_xor((x[:, None] ^ y)[:, :, None], z, out=rows[..., split:, :])
     return rows, fraction
 
 
@@ -137,7 +139,8 @@ def interpolate(corners: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
 def interpolate_transposed(d_value: Tensor, d_slope: Tensor, f: Tensor) -> Tensor:
     """Adjoint of `interpolate`: gradients (L, M) and (3, L, M) -> gradient of the corners (2, 2, 2, L, M).
 
-    Each step undoes one `value = low + f (high - low)`, `slope = high - low`: high gets f d_value + d_slope, low the rest.
+    Each step undoes one `value = low + f (high - low)`, `slope = high - low`: high gets f d_value + d_slope, low what
+    is left of d_value.
     """
     _, levels, m = d_slope.shape
     xy = d_value.new_empty(2, levels, m)
@@ -178,43 +181,42 @@ class DensityWithSlope(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, points: Tensor, table: Tensor, w1: Tensor, w2: Tensor, layout: GridLayout, slope: bool) -> Any:
-        n, levels = len(points), len(layout.resolutions)
-        scale = torch.tensor(layout.resolutions, dtype=points.dtype, device=points.device)[None, :, None]
-        features = points.new_empty(n, w1.shape[1])
-        raw, slopes = points.new_empty(n), points.new_empty(n, 3) if slope else points.new_empty(0, 3)
-        jacobians: list[Tensor] = []
-        for part in torch.arange(n).split(CHUNK[points.device.type]) if n else ():
-            here = slice(int(part[0]), int(part[-1]) + 1)
-            rows, fraction = locate(points[here], layout)
-            f = fraction.repeat_interleave(layout.features, dim=-1)
-            value, jacobian = interpolate(gather(table, rows), f)
-            count = len(part)
-            torch.stack(value.unflatten(-1, (count, -1)).unbind(0), dim=1, out=features[here].unflatten(1, (levels, -1)))
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        points, table, w1, w2, layout, slope = inputs
+        n, levels, chunk = len(points), len(layout.resolutions), CHUNK[points.device.type]
+        scale = torch.tensor(layout.resolutions, dtype=points.dtype, device=points.device)[:, None]
+        features, raw = points.new_empty(n, w1.shape[1]), points.new_empty(n)
+        slopes = points.new_empty(n, 3) if slope else points.new_empty(0, 3)
+        kept: list[tuple[Tensor, ...]] = []
+        for start in range(0, n, chunk):
+            here = slice(start, start + chunk)
+            rows, f = _locate_features(points[here], layout)
+            value, jacobian = interpolate(gather(table, rows), f)  # (L, N F), (3, L, N F)
+            features[here] = _by_point(value, rows.shape[-1])
             hidden = features[here] @ w1.T
             torch.mv(hidden.relu(), w2, out=raw[here])
             if slope:
-                v = _by_level(((hidden > 0).to(w2.dtype) * w2) @ w1, levels)
-                jacobian *= scale
-                slopes[here] = (jacobian * v).unflatten(-1, (count, -1)).sum(dim=(1, 3)).T
-                jacobians.append(jacobian)
-        ctx.save_for_backward(points, table, w1, w2, features, *jacobians)
-        ctx.layout, ctx.slope = layout, slope
+                v = _by_level(((hidden > 0).to(w2.dtype) * w2) @ w1, levels).mul_(scale)
+                slopes[here] = (jacobian * v).sum(dim=1).unflatten(-1, (rows.shape[-1], -1)).sum(dim=-1).T
+            where = (rows, f) if points.device.type == "cpu" else ()  # there memory is cheaper than integer arithmetic
+            kept.append((*where, jacobian) if slope else where)
+        ctx.save_for_backward(points, table, w1, w2, features)
+        ctx.layout, ctx.slope, ctx.kept = layout, slope, kept
         return features, raw, slopes
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_features: Tensor, d_raw: Tensor, d_slopes: Tensor) -> Any:
-        points, table, w1, w2, features, *jacobians = ctx.saved_tensors
+        points, table, w1, w2, features = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
             raise NotImplementedError("density_with_slope has no gradient in the points; use encode")
-        layout, levels = ctx.layout, len(ctx.layout.resolutions)
-        scale = torch.tensor(layout.resolutions, dtype=points.dtype, device=points.device)[None, :, None]
+        layout, levels, chunk = ctx.layout, len(ctx.layout.resolutions), CHUNK[points.device.type]
+        scale = torch.tensor(layout.resolutions, dtype=points.dtype, device=points.device)[:, None]
         d_table, d_w1, d_w2 = torch.zeros_like(table), torch.zeros_like(w1), torch.zeros_like(w2)
-        for index, start in enumerate(range(0, len(points), CHUNK[points.device.type])):
-            here = slice(start, start + CHUNK[points.device.type])
-            rows, fraction = locate(points[here], layout)
-            f = fraction.repeat_interleave(layout.features, dim=-1)
+        for index, start in enumerate(range(0, len(points), chunk)):
+            here = slice(start, start + chunk)
+            kept = ctx.kept[index]
+            rows, f = kept[:2] if len(kept) >= 2 else _locate_features(points[here], layout)
             mask = (features[here] @ w1.T > 0).to(w2.dtype)
             active = mask * w2
             v = active @ w1  # (N, L F): d raw / d features
@@ -222,13 +224,19 @@ class DensityWithSlope(torch.autograd.Function):
             d_value = _by_level(torch.addcmul(d_features[here], d_raw[here, None], v), levels)
             d_slope = d_value.new_zeros(3, *d_value.shape)
             if ctx.slope:
-                d = d_slopes[here].T.repeat_interleave(layout.features, dim=-1)[:, None]  # (3, 1, N F)
-                y += _by_point((jacobians[index] * d).sum(dim=0), rows.shape[-1])
-                torch.mul(d * scale, _by_level(v, levels), out=d_slope)
+                d = d_slopes[here].T.repeat_interleave(layout.features, dim=-1)[:, None] * scale  # (3, L, N F)
+                y += _by_point((kept[-1] * d).sum(dim=0), rows.shape[-1])
+                torch.mul(d, _by_level(v, levels), out=d_slope)
             d_w1.addmm_(active.T, y)
             d_w2 += (mask * (y @ w1.T)).sum(dim=0)
             scatter_add(d_table, rows, interpolate_transposed(d_value, d_slope, f))
         return None, d_table, d_w1, d_w2, None, None
+
+
+def _locate_features(points: Tensor, layout: GridLayout) -> tuple[Tensor, Tensor]:
+    """`locate`, the position repeated for each feature: rows (2, 2, 2, L, N), position (3, L, N F)."""
+    rows, fraction = locate(points, layout)
+    return rows, fraction.repeat_interleave(layout.features, dim=-1)
 
 
 def density_with_slope(

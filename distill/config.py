@@ -1,0 +1,166 @@
+"""What can be chosen for `python distill/generate.py`.  The defaults are the released configuration.
+
+"released" is github.com/pkunliu/Isotropic3D, configs/isotropic3d-shading.yaml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+from conf.cli import check
+from distill.field import FieldConfig
+from distill.volume import VolumeConfig
+
+
+def listed(values: list[Any]) -> Any:
+    """A list as a dataclass default."""
+    return dataclasses.field(default_factory=lambda: list(values))
+
+
+@dataclass
+class ScheduleConfig:
+    """How the run divides.  Everything is a share of `steps`, so that a shorter run keeps its shape."""
+
+    milestones: list[float] = listed([0.5])  # where a phase ends and the next begins
+    resolutions: list[int] = listed([64, 256])  # rendered pixels a side, per phase
+    sets: list[int] = listed([2, 1])  # sets of V views a step, per phase (8 and 4 pictures)
+
+    def __post_init__(self) -> None:
+        phases = len(self.milestones) + 1
+        check(
+            len(self.resolutions) == len(self.sets) == phases,
+            f"schedule: {len(self.milestones)} milestones make {phases} phases, but resolutions={self.resolutions} "
+            f"and sets={self.sets}; give one of each per phase",
+        )
+        check(
+            all(0 < a < 1 for a in self.milestones) and sorted(self.milestones) == self.milestones,
+            f"schedule.milestones={self.milestones} must be rising shares of the run between 0 and 1",
+        )
+        check(min(self.resolutions) >= 8, f"schedule.resolutions={self.resolutions} must be at least 8 pixels")
+        check(min(self.sets) >= 1, f"schedule.sets={self.sets} must be at least 1")
+
+    def at(self, progress: float) -> tuple[int, int]:
+        """(resolution, sets) at `progress` in [0, 1)."""
+        phase = sum(progress >= milestone for milestone in self.milestones)
+        return self.resolutions[phase], self.sets[phase]
+
+
+@dataclass
+class GuidanceConfig:
+    scale: float = 10.0  # classifier-free guidance (released)
+    std_rescale: float = 0.5  # share of the guided x0 that gets the conditional one's spread (released)
+    t_lowest: list[float] = listed([0.98, 0.02])  # start, end; shares of the timesteps (released)
+    t_highest: list[float] = listed([0.98, 0.50])  # (released)
+    anneal_share: float = 0.8  # of the run over which both fall (released: 8000 of 10000)
+
+    def __post_init__(self) -> None:
+        for name, ends in (("t_lowest", self.t_lowest), ("t_highest", self.t_highest)):
+            check(
+                len(ends) == 2 and all(0 <= e < 1 for e in ends),
+                f"guidance.{name}={ends} must be two shares in [0, 1): at the start and at the end",
+            )
+        check(
+            self.t_lowest[0] <= self.t_highest[0] and self.t_lowest[1] <= self.t_highest[1],
+            f"guidance.t_lowest={self.t_lowest} must not exceed guidance.t_highest={self.t_highest}",
+        )
+        check(0 < self.anneal_share <= 1, f"guidance.anneal_share={self.anneal_share} must lie in (0, 1]")
+        check(0 <= self.std_rescale <= 1, f"guidance.std_rescale={self.std_rescale} must lie in [0, 1]")
+        check(self.scale >= 0, f"guidance.scale={self.scale} must not be negative")
+
+
+@dataclass
+class LossConfig:
+    sds: float = 1.0
+    orientation: list[float] = listed([10.0, 1000.0])  # start, end (released)
+    orientation_share: float = 0.5  # of the run over which it rises (released: 5000 of 10000)
+    sparsity: float = 0.0  # the next three: off in the released configuration
+    opaque: float = 0.0
+    depth_variance: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(len(self.orientation) == 2, f"loss.orientation={self.orientation} must be two weights: start and end")
+        check(0 < self.orientation_share <= 1, f"loss.orientation_share={self.orientation_share} must lie in (0, 1]")
+
+
+@dataclass
+class LightConfig:
+    ambient_share: float = 0.5  # of the run that sees plain albedo only (released: 5000 of 10000)
+    diffuse_prob: float = 0.75  # after it: chance of shading at all (threestudio's default, which the release keeps)
+    textureless_prob: float = 0.5  # and of white material among the shaded (released)
+
+
+@dataclass
+class OptimizerConfig:
+    lr_grid: float = 0.01  # hash table (released)
+    lr_network: float = 0.001  # both networks (released)
+    betas: list[float] = listed([0.9, 0.99])  # AdamW (released)
+    eps: float = 1e-15  # (released)
+    weight_decay: float = 0.01  # torch's default for AdamW, which the release keeps
+
+
+@dataclass
+class MeshConfig:
+    resolution: int = 256  # marching-cubes cells a side (threestudio's isosurface resolution)
+    keep_share: float = 0.02  # pieces with a smaller share of the largest one's faces are floaters and dropped
+
+    def __post_init__(self) -> None:
+        check(16 <= self.resolution <= 1024, f"mesh.resolution={self.resolution} must be 16 to 1024")
+        check(0 <= self.keep_share <= 1, f"mesh.keep_share={self.keep_share} must lie in [0, 1]")
+
+
+@dataclass
+class TurntableConfig:
+    frames: int = 60  # one turn
+    fps: int = 20
+    size: int = 256  # pixels a side of each of the two pictures
+    views: int = 8  # columns of the PNG strip
+
+    def __post_init__(self) -> None:
+        check(self.frames >= 2 and self.views >= 1, "turntable.frames must be at least 2 and turntable.views 1")
+        check(self.size >= 16 and self.size % 16 == 0, f"turntable.size={self.size} must be a multiple of 16 (video)")
+
+
+@dataclass
+class GenerateConfig:
+    checkpoint: str = MISSING  # export/ folder of a training run
+    image: str = MISSING  # picture of the object; only its embedding is used
+    out: str = MISSING  # folder for the results; a run found there is continued
+    steps: int = 10_000  # (released)
+    seed: int = 0
+    device: str = "auto"  # auto takes a CUDA device where there is one
+    dtype: str = "auto"  # of the diffusion model: float32, bfloat16; auto is bfloat16 on CUDA, float32 elsewhere
+    snapshot_every: int = 500  # steps between snapshots to continue from
+    elevation_deg: list[float] | None = None  # low, high; null: what the checkpoint was trained on
+    fov_deg: list[float] | None = None  # vertical, likewise
+    framing: list[float] | None = None  # distance * tan(fov / 2) in object units, likewise
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    light: LightConfig = dataclasses.field(default_factory=LightConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
+    volume: VolumeConfig = dataclasses.field(default_factory=VolumeConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    turntable: TurntableConfig = dataclasses.field(default_factory=TurntableConfig)
+
+    def __post_init__(self) -> None:
+        check(self.steps >= 1, f"steps={self.steps} must be at least 1")
+        check(self.snapshot_every >= 1, f"snapshot_every={self.snapshot_every} must be at least 1")
+        check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype} must be auto, float32 or bfloat16")
+        for name in ("elevation_deg", "fov_deg", "framing"):
+            ends = getattr(self, name)
+            check(
+                ends is None or (len(ends) == 2 and ends[0] <= ends[1]),
+                f"{name}={ends} must be null or two numbers, low and high",
+            )
+        if self.elevation_deg is not None:
+            check(
+                self.elevation_deg[0] > -90 and self.elevation_deg[1] < 90,
+                f"elevation_deg={self.elevation_deg} must lie between -90 and 90",
+            )
+        if self.fov_deg is not None:
+            check(self.fov_deg[0] > 0 and self.fov_deg[1] < 180, f"fov_deg={self.fov_deg} must lie between 0 and 180")

@@ -1,0 +1,248 @@
+"""From rays to pictures: an occupancy grid says where to look, the field is asked there, and the light is added up.
+
+Only samples in occupied cells exist ("packed": one flat list for all rays, ordered by ray and then by distance), as in
+nerfacc (arXiv 2305.04966).  Backends other than plain torch would replace `march` and `volume_weights`.
+Shapes: R rays, N live samples, G grid cells a side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conf.cli import check
+from distill.field import FieldSamples
+
+Shade = Callable[[FieldSamples, Tensor, Tensor], Tensor]  # (samples, points (N, 3), ray (N,)) -> colour (N, 3)
+Density = Callable[[Tensor], Tensor]  # points (N, 3) -> (N,)
+
+MARCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}  # candidate samples looked up at once
+QUERY_POINTS = {"cpu": 2**17, "cuda": 2**21}  # points asked of the field at once where no gradient is kept
+
+
+@dataclass
+class VolumeConfig:
+    """Defaults: the released configuration, and threestudio's renderer where that is silent."""
+
+    samples_per_ray: int = 512  # over the scene box's diagonal: they fix the step
+    occupancy_resolution: int = 32  # cells a side (threestudio's nerfacc grid)
+    occupancy_threshold: float = 0.01  # opacity of one step below which a cell is empty
+    occupancy_decay: float = 0.95  # of a vertex's remembered density per update
+    occupancy_every: int = 16  # steps between updates
+    background: float = 1.0  # grey level behind the object: 1 is white
+
+    def __post_init__(self) -> None:
+        check(self.samples_per_ray >= 8, f"volume.samples_per_ray={self.samples_per_ray} must be at least 8")
+        check(
+            4 <= self.occupancy_resolution <= 512,
+            f"volume.occupancy_resolution={self.occupancy_resolution} must be 4 to 512",
+        )
+        check(0 < self.occupancy_decay < 1, f"volume.occupancy_decay={self.occupancy_decay} must lie between 0 and 1")
+        check(self.occupancy_every >= 1, f"volume.occupancy_every={self.occupancy_every} must be at least 1")
+
+    def step(self, bound: float) -> float:
+        """Distance between samples, object units."""
+        return 2 * bound * math.sqrt(3) / self.samples_per_ray
+
+
+class OccupancyGrid:
+    """Which cells of [-bound, bound]^3 can hold anything.
+
+    Density is remembered at the (G + 1)^3 vertices, each probed at a random place within half a cell; a cell is live
+    when one of its 8 vertices is.  So everything in a live cell or within half a cell of it has been seen.
+    """
+
+    def __init__(self, bound: float, config: VolumeConfig, device: str | torch.device = "cpu"):
+        self.bound, self.config, self.step = bound, config, config.step(bound)
+        g = config.occupancy_resolution
+        self.density = torch.zeros(g + 1, g + 1, g + 1, device=device)
+        self.live = torch.ones(g, g, g, dtype=torch.bool, device=device)
+        self.low = torch.full((3,), -bound, device=device)  # box around the live cells
+        self.high = torch.full((3,), bound, device=device)
+
+    @torch.no_grad()
+    def update(self, density: Density) -> None:
+        """Remembers max(decayed memory, density now) and marks the live cells."""
+        g, cell = self.config.occupancy_resolution, 2 * self.bound / self.config.occupancy_resolution
+        axis = torch.arange(g + 1, device=self.density.device) * cell - self.bound
+        points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(-1, 3)
+        points = points + (torch.rand(points.shape) - 0.5).to(points) * cell
+        now = query(density, points.clamp(-self.bound, self.bound)).view_as(self.density)
+        self.density = torch.maximum(self.density * self.config.occupancy_decay, now)
+        self.mark()
+
+    def mark(self) -> None:
+        """Live cells from the remembered density; never more than threestudio's mean rule would keep."""
+        opacity = F.max_pool3d(self.density[None, None] * self.step, kernel_size=2, stride=1)[0, 0]
+        threshold = min(self.config.occupancy_threshold, float(opacity.mean()))
+        self.live = opacity > threshold
+        self._bound_live_cells()
+
+    def _bound_live_cells(self) -> None:
+        cell = 2 * self.bound / self.config.occupancy_resolution
+        if not bool(self.live.any()):
+            self.low, self.high = torch.zeros_like(self.low), torch.zeros_like(self.high)
+            return
+        index = self.live.nonzero()
+        self.low = index.amin(dim=0) * cell - self.bound
+        self.high = (index.amax(dim=0) + 1) * cell - self.bound
+
+    def lookup(self, points: Tensor) -> Tensor:
+        """points (N, 3), world -> whether each lies in a live cell (N,)."""
+        g = self.config.occupancy_resolution
+        index = ((points + self.bound) * (g / (2 * self.bound))).long().clamp_(0, g - 1)
+        return self.live[index[:, 0], index[:, 1], index[:, 2]]
+
+
+def query(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+    """function(points) in bounded pieces."""
+    return torch.cat([function(part) for part in points.split(QUERY_POINTS[points.device.type])])
+
+
+class Samples(NamedTuple):
+    """Live samples of R rays, ordered by ray, then by distance."""
+
+    ray: Tensor  # (N,) int64
+    t: Tensor  # (N,) distance from the ray's origin, object units
+
+
+@torch.no_grad()
+def march(origins: Tensor, directions: Tensor, occupancy: OccupancyGrid, jitter: Tensor) -> Samples:
+    """Samples one step apart along each ray, where the grid is live.
+
+    origins, unit directions (R, 3); jitter (R,) in [0, 1): where in its steps a ray's samples lie (0.5 the middles).
+    """
+    inverse = 1 / torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)
+    ends = torch.stack([(occupancy.low - origins) * inverse, (occupancy.high - origins) * inverse])  # (2, R, 3)
+    near, far = ends.amin(dim=0).amax(dim=-1).clamp(min=0), ends.amax(dim=0).amin(dim=-1)
+    (hit,) = (far > near).nonzero(as_tuple=True)
+    if len(hit) == 0:
+        return Samples(hit, near[:0])
+    steps = math.ceil(float((far - near)[hit].amax()) / occupancy.step)
+    parts = [
+        _march_some(rays, origins, directions, near, far, occupancy, jitter, steps)
+        for rays in hit.split(max(1, MARCH_ELEMENTS[origins.device.type] // steps))
+    ]
+    return Samples(torch.cat([p.ray for p in parts]), torch.cat([p.t for p in parts]))
+
+
+def _march_some(
+    rays: Tensor,
+    origins: Tensor,
+    directions: Tensor,
+    near: Tensor,
+    far: Tensor,
+    occupancy: OccupancyGrid,
+    jitter: Tensor,
+    steps: int,
+) -> Samples:
+    g = occupancy.config.occupancy_resolution
+    count = torch.arange(steps, device=origins.device, dtype=origins.dtype)
+    t = near[rays, None] + (count + jitter[rays, None]) * occupancy.step  # (R, S)
+    scale = g / (2 * occupancy.bound)
+    index = torch.zeros_like(t, dtype=torch.int32)
+    for axis in range(3):
+        start = (origins[rays, axis, None] + occupancy.bound) * scale
+        index = index * g + torch.addcmul(start, t, directions[rays, axis, None] * scale).to(torch.int32).clamp_(
+            0, g - 1
+        )
+    live = occupancy.live.view(-1).index_select(0, index.view(-1)).view_as(t) & (t < far[rays, None])
+    row, column = live.nonzero(as_tuple=True)
+    return Samples(rays[row], t[row, column])
+
+
+class VolumeWeights(torch.autograd.Function):
+    """w_i = T_i (1 - exp(-tau_i)), T_i = exp(-sum_{j < i, same ray} tau_j)  (NeRF, arXiv 2003.08934, eq. 3).
+
+    d L / d tau_i = g_i T_{i+1} - sum_{j > i, same ray} g_j w_j.  Sums run over all rays at once, so they are kept in
+    fp64: in fp32 a ray at the end of the list would lose its digits to those before it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tau: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        total = tau.double().cumsum(0)
+        before = total - tau
+        before = before - before[first]
+        after = before + tau
+        weights = ((-before).exp() * -torch.expm1(-tau.double())).to(tau.dtype)
+        ctx.save_for_backward(weights, (-after).exp().to(tau.dtype), last)
+        return weights
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        weights, transmitted, last = ctx.saved_tensors
+        running = (gradient * weights).double().cumsum(0)
+        later = running[last] - running
+        return (gradient * transmitted - later).to(gradient.dtype), None, None
+
+
+def volume_weights(density: Tensor, ray: Tensor, num_rays: int, step: float) -> Tensor:
+    """density (N,), ray (N,) ascending -> each sample's share of its ray's colour (N,)."""
+    if len(ray) == 0:
+        return density
+    counts = torch.bincount(ray, minlength=num_rays)
+    ends = counts.cumsum(0)
+    return VolumeWeights.apply(density * step, (ends - counts)[ray], ends[ray] - 1)
+
+
+@dataclass
+class Rendering:
+    """What R rays saw, and the samples it came from."""
+
+    rgb: Tensor  # (R, 3), over the background
+    opacity: Tensor  # (R,)
+    depth: Tensor  # (R,) expected distance of what is seen, object units; 0 on empty rays
+    normal: Tensor  # (R, 3) weighted sum of normals: shorter than 1 where transparent; zeros when not asked for
+    depth_variance: Tensor  # (R,) of the distance, object units squared; 0 on empty rays
+    ray: Tensor  # (N,)
+    weights: Tensor  # (N,)
+    density: Tensor  # (N,)
+    normals: Tensor  # (N, 3) or (0, 3)
+
+
+def albedo_only(samples: FieldSamples, points: Tensor, ray: Tensor) -> Tensor:
+    return samples.albedo
+
+
+def render(
+    field: Callable[..., FieldSamples],
+    occupancy: OccupancyGrid,
+    origins: Tensor,
+    directions: Tensor,
+    jitter: Tensor,
+    shade: Shade = albedo_only,
+    normals: bool = True,
+) -> Rendering:
+    """origins, unit directions (R, 3), jitter (R,) in [0, 1)."""
+    assert origins.shape == directions.shape and jitter.shape == origins.shape[:1], (origins.shape, jitter.shape)
+    rays = len(origins)
+    ray, t = march(origins, directions, occupancy, jitter)
+    points = origins[ray] + directions[ray] * t[:, None]
+    samples = field(points, normals=normals)
+    weights = volume_weights(samples.density, ray, rays, occupancy.step)
+    # colour (3), opacity, distance, its square, normal (3): one segmented sum for all
+    columns = [shade(samples, points, ray), torch.ones_like(t)[:, None], t[:, None], t.square()[:, None]]
+    columns += [samples.normal] if normals else []
+    features = torch.cat(columns, dim=-1)
+    sums = features.new_zeros(rays, features.shape[1]).index_add(0, ray, weights[:, None] * features)
+    opacity = sums[:, 3]
+    covered = opacity.clamp(min=1e-5)
+    depth = sums[:, 4] / covered
+    return Rendering(
+        rgb=sums[:, :3] + (1 - opacity[:, None]) * occupancy.config.background,
+        opacity=opacity,
+        depth=depth,
+        normal=sums[:, 6:] if normals else torch.zeros_like(origins),
+        depth_variance=(sums[:, 5] / covered - depth.square()).clamp(min=0),
+        ray=ray,
+        weights=weights,
+        density=samples.density,
+        normals=samples.normal,
+    )
