@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ class Monitor:
         self.path = folder / "metrics.jsonl"
         drop_after(self.path, first_step)
         id_file = folder / "wandb_id"
-        run_id = id_file.read_text().strip() if id_file.is_file() else wandb.util.generate_id()
+        run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
         with atomic_file(id_file) as temporary:
             temporary.write_text(run_id + "\n")
         self.run = wandb.init(
