@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
@@ -16,18 +14,13 @@ from distill.field import FieldConfig
 from distill.volume import VolumeConfig
 
 
-def listed(values: list[Any]) -> Any:
-    """A list as a dataclass default."""
-    return dataclasses.field(default_factory=lambda: list(values))
-
-
 @dataclass
 class ScheduleConfig:
     """How the run divides.  Everything is a share of `steps`, so that a shorter run keeps its shape."""
 
-    milestones: list[float] = listed([0.5])  # where a phase ends and the next begins
-    resolutions: list[int] = listed([64, 256])  # rendered pixels a side, per phase
-    sets: list[int] = listed([2, 1])  # sets of V views a step, per phase (8 and 4 pictures)
+    milestones: list[float] = field(default_factory=lambda: [0.5])  # where a phase ends and the next begins
+    resolutions: list[int] = field(default_factory=lambda: [64, 256])  # rendered pixels a side, per phase
+    sets: list[int] = field(default_factory=lambda: [2, 1])  # of V views a step, per phase (8, 4 pictures)
 
     def __post_init__(self) -> None:
         phases = len(self.milestones) + 1
@@ -53,8 +46,9 @@ class ScheduleConfig:
 class GuidanceConfig:
     scale: float = 10.0  # classifier-free guidance (released)
     std_rescale: float = 0.5  # share of the guided x0 that gets the conditional one's spread (released)
-    t_lowest: list[float] = listed([0.98, 0.02])  # start, end; shares of the timesteps (released)
-    t_highest: list[float] = listed([0.98, 0.50])  # (released)
+    # The timesteps drawn from, as shares of all of them: start and end of the annealing.
+    t_lowest: list[float] = field(default_factory=lambda: [0.98, 0.02])  # start, end (released)
+    t_highest: list[float] = field(default_factory=lambda: [0.98, 0.50])  # (released)
     anneal_share: float = 0.8  # of the run over which both fall (released: 8000 of 10000)
 
     def __post_init__(self) -> None:
@@ -75,7 +69,7 @@ class GuidanceConfig:
 @dataclass
 class LossConfig:
     sds: float = 1.0
-    orientation: list[float] = listed([10.0, 1000.0])  # start, end (released)
+    orientation: list[float] = field(default_factory=lambda: [10.0, 1000.0])  # start, end (released)
     orientation_share: float = 0.5  # of the run over which it rises (released: 5000 of 10000)
     sparsity: float = 0.0  # the next three: off in the released configuration
     opaque: float = 0.0
@@ -97,7 +91,7 @@ class LightConfig:
 class OptimizerConfig:
     lr_grid: float = 0.01  # hash table (released)
     lr_network: float = 0.001  # both networks (released)
-    betas: list[float] = listed([0.9, 0.99])  # AdamW (released)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # AdamW (released)
     eps: float = 1e-15  # (released)
     weight_decay: float = 0.01  # torch's default for AdamW, which the release keeps
 
@@ -137,15 +131,15 @@ class GenerateConfig:
     elevation_deg: list[float] | None = None  # low, high; null: what the checkpoint was trained on
     fov_deg: list[float] | None = None  # vertical, likewise
     framing: list[float] | None = None  # distance * tan(fov / 2) in object units, likewise
-    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
-    guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    light: LightConfig = dataclasses.field(default_factory=LightConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
-    volume: VolumeConfig = dataclasses.field(default_factory=VolumeConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    turntable: TurntableConfig = dataclasses.field(default_factory=TurntableConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    light: LightConfig = field(default_factory=LightConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    volume: VolumeConfig = field(default_factory=VolumeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    turntable: TurntableConfig = field(default_factory=TurntableConfig)
+    field: FieldConfig = field(default_factory=FieldConfig)  # last: it hides dataclasses.field
 
     def __post_init__(self) -> None:
         check(self.steps >= 1, f"steps={self.steps} must be at least 1")

@@ -55,7 +55,7 @@ def camera_ranges(config: GenerateConfig, info: Any) -> CameraRanges:
 def render_sets(
     run: Run, c2w: Tensor, fov_deg: Tensor, size: int, lighting: Lighting
 ) -> tuple[Tensor, Rendering, Tensor]:
-    """c2w (B, V, 4, 4), fov_deg (B, V) -> pictures (B V, 3, H, W) in [0, 1], the rendering and ray directions (R, 3)."""
+    """c2w (B, V, 4, 4), fov_deg (B, V) -> pictures (B V, 3, H, W) in [0, 1], the rendering, ray directions (R, 3)."""
     device = run.occupancy.live.device
     lights = random_lights(c2w).view(-1, 3).to(device)
     origins, directions = (x.reshape(-1, 3) for x in camera_rays(c2w.to(device), fov_deg, size, size))

@@ -74,8 +74,8 @@ def locate(points: Tensor, layout: GridLayout) -> tuple[Tensor, Tensor]:
     low = scaled.detach().to(torch.int32)
     fraction = scaled.frac()
     # A vertex's row is built from one number per axis: added up where the level is dense, xored where it is hashed.
-    strides = [(1, r + 1, (r + 1) ** 2) for r in layout.resolutions[:split]]
-    strides += [tuple(_int32(prime) for prime in PRIMES)] * (len(layout.resolutions) - split)
+    strides = [[1, r + 1, (r + 1) ** 2] for r in layout.resolutions[:split]]
+    strides += [[_int32(prime) for prime in PRIMES]] * (len(layout.resolutions) - split)
     stride = torch.tensor(strides, dtype=torch.int32, device=device).T[..., None]  # (3, L, 1)
     offset = torch.tensor(layout.offsets, dtype=torch.int32, device=device)[:, None]
     ends = torch.empty(2, *low.shape, dtype=torch.int32, device=device)

@@ -47,7 +47,7 @@ def iso_density(field: Field, occupancy: OccupancyGrid, size: int = 64) -> float
     covered = seen.opacity > 0.5
     if not bool(covered.any()):
         raise UserError(EMPTY)
-    peak = torch.zeros_like(seen.opacity).index_reduce_(0, seen.ray, seen.density, "amax")
+    peak = torch.zeros_like(seen.opacity).scatter_reduce_(0, seen.ray, seen.density, "amax")
     levels = torch.logspace(-1, float(peak.max().clamp(min=0.2).log10()), 100, device=peak.device)[:-1]
     meets = peak[:, None] > levels
     agreement = (meets & covered[:, None]).sum(dim=0) / (meets | covered[:, None]).sum(dim=0)
@@ -66,14 +66,13 @@ def density_volume(field: Field, occupancy: OccupancyGrid, resolution: int) -> n
         density[live] = field.density(points[live])
         return density
 
-    slabs = [
-        query(masked, torch.stack(torch.meshgrid(x[None], axis, axis, indexing="ij"), dim=-1).view(-1, 3)) for x in axis
-    ]
+    planes = (torch.stack(torch.meshgrid(x[None], axis, axis, indexing="ij"), dim=-1).view(-1, 3) for x in axis)
+    slabs = [query(masked, plane) for plane in planes]
     return torch.stack(slabs).view(resolution + 1, resolution + 1, resolution + 1).cpu().numpy()
 
 
 def isosurface(density: np.ndarray, level: float, bound: float) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices (X, 3), world, and outward triangles (T, 3).  The logarithm is what is nearly linear across a surface."""
+    """Vertices (X, 3), world, and outward triangles (T, 3).  Across a surface the logarithm is nearly linear."""
     height = np.log(np.maximum(density, 1e-3 * level) / level)
     height = np.pad(height, 1, constant_values=height.min())  # closed even where the object touches the box
     if height.max() <= 0:
@@ -157,9 +156,13 @@ def save_glb(path: Path, mesh: trimesh.Trimesh) -> None:
 
 
 def load_glb(path: Path) -> trimesh.Trimesh:
-    """A mesh written by `save_glb`, back in world axes with sRGB vertex colours."""
-    mesh: Any = trimesh.load(path, force="mesh", process=False)
-    colours = np.asarray(mesh.visual.vertex_colors).copy()
+    """A mesh written by `save_glb`, back in world axes with sRGB vertex colours.
+
+    trimesh.load(..., force="mesh") loses the colours: beside a material it keeps COLOR_0 as an attribute of the visual.
+    """
+    (mesh,) = trimesh.load_scene(path, process=False).geometry.values()
+    visual: Any = mesh.visual
+    colours = np.asarray(visual.vertex_attributes["color"]).copy()
     colours[:, :3] = linear_to_srgb(colours[:, :3])
-    mesh.apply_transform(TO_GLTF.T)
-    return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_colors=colours, process=False)
+    vertices = trimesh.transform_points(mesh.vertices, TO_GLTF.T)
+    return trimesh.Trimesh(vertices, mesh.faces, vertex_colors=colours, process=False)
