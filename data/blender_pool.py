@@ -1,0 +1,151 @@
+"""Blender processes that render one object after another, so that a crash or a hang costs one object."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data.files import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WORKER = Path(__file__).with_name("blender_worker.py")
+PACKAGES = "libegl1 libgl1 libxi6 libxxf86vm1 libxfixes3 libxkbcommon0 libsm6 libxrender1"
+REMEDY = "run `make blender`, or install Blender >= 4.2 and put it on the PATH, or give blender=/path/to/blender"
+
+
+class ObjectFailed(Exception):
+    """One object could not be rendered; the others can."""
+
+
+def find_blender(setting: str = "auto") -> Path:
+    """A Blender program, or a Python that has the bpy module.  auto: `.venv-blender` in the repository, then the PATH."""
+    if setting != "auto":
+        found = shutil.which(Path(setting).expanduser())
+        if found is None:
+            raise UserError(f"blender={setting} is not a program; give the path of Blender or of a Python with bpy")
+        return Path(found).absolute()
+    own = REPOSITORY / ".venv-blender" / "bin" / "python"
+    if own.exists():
+        return own
+    found = shutil.which("blender")
+    if found is None:
+        raise UserError(f"blender=auto found neither {own} nor blender on the PATH; {REMEDY}")
+    return Path(found)
+
+
+def script_command(blender: Path, script: Path) -> list[str]:
+    """The command that runs a Python script inside Blender; the script's own arguments follow."""
+    if blender.name.startswith("python"):
+        return [str(blender), str(script)]
+    return [str(blender), "-b", "--factory-startup", "-Y", "-P", str(script), "--"]
+
+
+def check_blender(blender: Path) -> str:
+    """Starts Blender once and returns its version; UserError with the remedy when it cannot start."""
+    code = "import bpy; print('blender', bpy.app.version_string)"
+    is_python = blender.name.startswith("python")
+    command = [str(blender), "-c", code] if is_python else [str(blender), "-b", "--version"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{blender} does not start: {error}; {REMEDY}") from None
+    if done.returncode != 0:
+        reason = " ".join((done.stderr or done.stdout).strip().splitlines()[-1:])
+        if "cannot open shared object file" in done.stderr:
+            raise UserError(f"Blender lacks a system library: {reason}; on Debian or Ubuntu: apt-get install {PACKAGES}")
+        raise UserError(f"{blender} does not start: {reason}; {REMEDY}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+class BlenderProcess:
+    """One long-lived worker; started by the first job, and again by the job after a failure."""
+
+    def __init__(self, blender: Path):
+        self.blender = blender
+        self.folder = Path(tempfile.mkdtemp(prefix="isotropic3d-blender-"))
+        self.results, self.log = self.folder / "results.jsonl", self.folder / "log.txt"
+        self.process: subprocess.Popen[str] | None = None
+        self.position = 0  # bytes of `results` already read
+
+    def start(self) -> subprocess.Popen[str]:
+        self.results.write_bytes(b"")
+        self.position = 0
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(
+                [*script_command(self.blender, WORKER), str(self.results)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C reaches us, and we stop the workers
+            )
+
+    def render(self, job: dict[str, Any], limit_s: float, on_view: Callable[[], None]) -> None:
+        """Renders one job (its format is in blender_worker.py); ObjectFailed on an error, a crash or after `limit_s`."""
+        os.truncate(self.log, 0) if self.log.exists() else None
+        deadline = time.monotonic() + limit_s
+        try:
+            if self.process is None or self.process.poll() is not None:
+                self.process = self.start()
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            while True:
+                running = self.process.poll() is None  # asked before reading: what it wrote before its end is read
+                for result in self.new_results():
+                    if "view" in result:
+                        on_view()
+                    elif result["status"] == "done":
+                        return
+                    else:
+                        raise ObjectFailed(result["error"])
+                if not running:
+                    raise ObjectFailed(f"Blender ended with status {self.process.returncode}: {self.last_words()}")
+                if time.monotonic() > deadline:
+                    raise ObjectFailed(f"took longer than object_limit_s={limit_s:g}")
+                time.sleep(0.02)
+        except BrokenPipeError:
+            self.stop()
+            raise ObjectFailed(f"Blender ended before the job: {self.last_words()}") from None
+        except BaseException as error:
+            if not (isinstance(error, ObjectFailed) and self.process is not None and self.reusable(error)):
+                self.stop()
+            raise
+
+    def reusable(self, error: ObjectFailed) -> bool:
+        return "object_limit_s" not in str(error) and self.process is not None and self.process.poll() is None
+
+    def new_results(self) -> list[dict[str, Any]]:
+        with open(self.results, "rb") as file:
+            file.seek(self.position)
+            lines = file.read().split(b"\n")
+        self.position += sum(len(line) + 1 for line in lines[:-1])
+        return [json.loads(line) for line in lines[:-1]]
+
+    def last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        lines = [line.strip() for line in lines if line.strip() and not line.startswith(("Fra:", "Saved:", " Time:"))]
+        return " | ".join(lines[-3:])[:500] or "it said nothing"
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            if self.process.stdin is not None:
+                try:
+                    self.process.stdin.close()
+                except OSError:
+                    pass
+            self.process = None
+
+    def close(self) -> None:
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
