@@ -128,7 +128,7 @@ def distillation_loss(
         "depth_variance": config.loss.depth_variance,
     }
     losses |= sds.regularization(seen, directions, weights)
-    facts = {"t": t, "resolution": size, "opacity": float(seen.opacity.mean()), "samples": len(seen.ray)}
+    facts = {"t": t, "resolution": size, "opacity": seen.opacity.mean().item(), "samples": len(seen.ray)}
     return losses, facts
 
 
@@ -156,10 +156,10 @@ def distil(run: Run, model: MultiViewModel, context: Tensor, config: GenerateCon
 
             # Keep account
             run.losses.append(
-                {"step": run.step, "loss": float(total), **{k: float(v) for k, v in losses.items()}, **facts}
+                {"step": run.step, "loss": total.item(), **{k: v.item() for k, v in losses.items()}, **facts}
             )
             run.step += 1
-            progress.update(1, loss=f"{float(total):.3g}", opacity=f"{facts['opacity']:.3f}")
+            progress.update(1, loss=f"{total.item():.3g}", opacity=f"{facts['opacity']:.3f}")
             if run.step % config.snapshot_every == 0 or run.step == config.steps or stop.signal:
                 save_snapshot(snapshot, run, identity)
     return stop.signal

@@ -17,7 +17,7 @@ def naive_encode(point: list[float], table: Tensor, layout: GridLayout) -> list[
     """Instant-NGP, sec. 3, for one point, in plain Python."""
     out: list[float] = []
     for level, r in enumerate(layout.resolutions):
-        cell = [min(int(math.floor(c * r)), r - 1) for c in point]
+        cell = [min(math.floor(c * r), r - 1) for c in point]
         frac = [c * r - k for c, k in zip(point, cell, strict=True)]
         value = [0.0] * layout.features
         for corner in itertools.product((0, 1), repeat=3):
@@ -80,7 +80,9 @@ def test_gradcheck_of_the_plain_encoding_in_table_and_position() -> None:
 def test_gradcheck_of_the_fused_density_and_slope() -> None:
     layout, points, table, w1, w2 = parts(points=3)
     assert torch.autograd.gradcheck(lambda t, a, b: density_with_slope(points, t, a, b, layout), (table, w1, w2))
-    assert torch.autograd.gradcheck(lambda t, a, b: density_with_slope(points, t, a, b, layout, False)[:2], (table, w1, w2))
+    assert torch.autograd.gradcheck(
+        lambda t, a, b: density_with_slope(points, t, a, b, layout, False)[:2], (table, w1, w2)
+    )
 
 
 @pytest.mark.parametrize("features", [2, 3])

@@ -1,0 +1,227 @@
+"""The whole path with a tiny checkpoint: same losses after a resume, a kill at any moment, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from analytic_scenes import Ball
+from PIL import Image
+
+from conf.cli import ConfigError
+from data.files import UserError, read_json
+from distill.config import GenerateConfig, GuidanceConfig, ScheduleConfig
+from distill.distillation import camera_ranges, distil, require_finite
+from distill.field import FieldConfig
+from distill.generate import main
+from distill.mesh import load_glb
+from distill.snapshot import FILE, identity, load_snapshot, new_run, save_snapshot
+from distill.turntable import render_views, ring
+from distill.volume import OccupancyGrid, VolumeConfig
+from models.autoencoder import fit_patch_codec
+from models.checkpoint import ExportInfo, MultiViewModel, load_export, make_scheduler, save_export
+from models.config import UNetConfig
+from models.image_encoder import ClipImageEncoder
+from models.multiview import build_unet
+
+ROOT = Path(__file__).resolve().parents[2]
+FIELD = {"bound": 0.6, "levels": 3, "log2_entries": 9, "base_resolution": 4, "max_resolution": 16, "hidden": 8}
+TINY = [
+    *(f"field.{key}={value}" for key, value in FIELD.items()),
+    "volume.samples_per_ray=32", "volume.occupancy_resolution=16", "schedule.resolutions=[12,16]",
+    "schedule.sets=[2,1]", "mesh.resolution=24", "turntable.frames=3", "turntable.size=32", "turntable.views=2",
+    "device=cpu", "dtype=float32",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 1, "head_width": 48}
+    folder: Path = tmp_path_factory.mktemp("export") / "export"
+    model = MultiViewModel(
+        unet=build_unet(UNetConfig(None, [32, 64], [1, 2], 1, 24, True), 6, 4).eval(),
+        vae=fit_patch_codec(torch.rand(20, 3, 32, 32) * 2 - 1, 8, 6).eval(),
+        image_encoder=ClipImageEncoder(24, vision).eval(),
+        scheduler=make_scheduler("v_prediction", zero_terminal_snr=True),
+        info=ExportInfo(32, 4, (0.0, 30.0), (40.0, 40.0), (0.58, 0.6), stage=2, step=7),
+    )
+    save_export(folder, model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("image") / "object.png"
+    Image.fromarray(np.full((40, 40, 3), 120, dtype=np.uint8)).save(path)
+    return path
+
+
+def config(out: Path, steps: int = 8) -> GenerateConfig:
+    return GenerateConfig(
+        checkpoint="c", image="i", out=str(out), steps=steps, snapshot_every=3,
+        schedule=ScheduleConfig(resolutions=[12, 16], sets=[2, 1]), field=FieldConfig(**FIELD),
+        volume=VolumeConfig(samples_per_ray=32, occupancy_resolution=16, occupancy_every=4),
+    )  # fmt: skip
+
+
+def test_a_killed_run_continues_with_the_same_losses(checkpoint: Path, tmp_path: Path) -> None:
+    model, context = load_export(checkpoint), torch.randn(1, 1, 24)
+    whole = new_run(config(tmp_path / "a"), "cpu")
+    assert distil(whole, model, context, config(tmp_path / "a"), "x") == 0
+
+    killed = new_run(config(tmp_path / "b"), "cpu")
+    save = torch.optim.AdamW.step
+
+    def die_at_step_5(self, *args):  # between the snapshots at 3 and 6
+        if killed.step == 5:
+            raise KeyboardInterrupt
+        return save(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", die_at_step_5)
+        with pytest.raises(KeyboardInterrupt):
+            distil(killed, model, context, config(tmp_path / "b"), "x")
+
+    again = new_run(config(tmp_path / "b"), "cpu")
+    assert load_snapshot(tmp_path / "b" / FILE, again, "x") and again.step == 3
+    distil(again, model, context, config(tmp_path / "b"), "x")
+    assert again.losses == whole.losses and len(whole.losses) == 8
+    assert all(torch.equal(a, b) for a, b in zip(again.field.parameters(), whole.field.parameters(), strict=True))
+    assert {loss["resolution"] for loss in whole.losses} == {12, 16}
+
+
+def test_no_reference_pixel_reaches_the_loss(checkpoint: Path, tmp_path: Path) -> None:
+    """The picture enters as one embedding: the same embedding gives the same losses, whatever the picture."""
+    model, first, second = load_export(checkpoint), config(tmp_path, 1), config(tmp_path, 1)
+    first.image, second.image = "one.png", "another.png"
+    runs = [new_run(c, "cpu") for c in (first, second)]
+    for run, c in zip(runs, (first, second), strict=True):
+        distil(run, model, torch.ones(1, 1, 24), c, "x")
+    assert runs[0].losses == runs[1].losses
+
+
+def test_first_interrupt_ends_the_loop_with_a_snapshot(checkpoint: Path, tmp_path: Path) -> None:
+    run, settings = new_run(config(tmp_path), "cpu"), config(tmp_path, 1000)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    assert distil(run, load_export(checkpoint), torch.ones(1, 1, 24), settings, "x") == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is before and 0 < run.step < 1000
+    again = new_run(settings, "cpu")
+    assert load_snapshot(tmp_path / FILE, again, "x") and again.step == run.step
+
+
+def test_nan_stops_before_the_weights_are_touched(checkpoint: Path, tmp_path: Path) -> None:
+    run = new_run(config(tmp_path), "cpu")
+    with pytest.raises(UserError, match="step 0: sds is not finite"):
+        require_finite(run, {"sds": torch.tensor(float("nan"))})
+    table = run.field.table.detach().clone()
+    with pytest.raises(UserError, match=r"is not finite.*guidance\.scale"):
+        distil(run, load_export(checkpoint), torch.full((1, 1, 24), float("nan")), config(tmp_path), "x")
+    assert torch.equal(run.field.table, table)
+
+
+def test_foreign_and_damaged_snapshots_are_refused(tmp_path: Path) -> None:
+    run = new_run(config(tmp_path), "cpu")
+    save_snapshot(tmp_path / FILE, run, "mine")
+    with pytest.raises(UserError, match="another checkpoint, image or configuration"):
+        load_snapshot(tmp_path / FILE, run, "yours")
+    content = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="not a snapshot that can be read"):
+        load_snapshot(tmp_path / FILE, run, "mine")
+
+
+def test_identity_covers_what_matters(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
+    base = identity(config(tmp_path), checkpoint, picture)
+    moved = config(tmp_path / "elsewhere")
+    moved.mesh.resolution = 64
+    assert identity(moved, checkpoint, picture) == base
+    assert identity(config(tmp_path, 9), checkpoint, picture) != base
+
+
+def test_cameras_come_from_the_checkpoint_unless_chosen(checkpoint: Path, tmp_path: Path) -> None:
+    info, settings = load_export(checkpoint).info, config(tmp_path)
+    assert camera_ranges(settings, info).framing == (0.58, 0.6)
+    settings.framing = [0.8, 1.0]
+    assert camera_ranges(settings, info).framing == (0.8, 1.0)
+    assert camera_ranges(settings, info).middle == pytest.approx((15, 40, 0.9))
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ConfigError, match="one of each per phase"):
+        ScheduleConfig(resolutions=[64])
+    with pytest.raises(ConfigError, match="t_lowest"):
+        GuidanceConfig(t_lowest=[0.98, 0.6])
+    assert [ScheduleConfig().at(p) for p in (0, 0.49, 0.5, 0.99)] == [(64, 2), (64, 2), (256, 1), (256, 1)]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "distill" / "generate.py"), *arguments]
+
+
+def test_command_survives_a_kill_and_writes_everything(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    full = command(f"checkpoint={checkpoint}", f"image={picture}", f"out={out}", "steps=60", "snapshot_every=5", *TINY)
+    process = subprocess.Popen(full, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / FILE).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    done = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    result = read_json(out / "result.json", "result")
+    assert result["steps"] == 60 and result["continued"] is True
+    losses = json.loads((out / "losses.json").read_text())
+    assert [loss["step"] for loss in losses] == list(range(60))
+    assert load_glb(out / "mesh.glb").faces.shape[0] == result["mesh"]["faces"] > 0
+    assert (out / "turntable.mp4").stat().st_size > 0 and Image.open(out / "views.png").size == (64, 64)
+    assert "steps: 60" in (out / "config.yaml").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]  # nothing of Hydra's beside it
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"checkpoint": "/nowhere"}, "checkpoint /nowhere is not a folder"),
+        ({"image": "/nowhere.png"}, r"image /nowhere\.png does not exist"),
+        ({"image": __file__}, "is not a picture"),
+        ({"out": "/proc/nothing"}, "cannot write to /proc/nothing"),
+        ({"device": "cuda:9"}, "device=cuda:9 cannot be used"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_paid_for(
+    checkpoint: Path, picture: Path, tmp_path: Path, change: dict[str, str], words: str
+) -> None:
+    settings = config(tmp_path / "out")
+    settings.checkpoint, settings.image, settings.device = str(checkpoint), str(picture), "cpu"
+    for key, value in change.items():
+        setattr(settings, key, value)
+    with pytest.raises(UserError, match=words):
+        main(settings)
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_a_mistyped_key_is_answered_in_one_line_with_the_nearest(tmp_path: Path) -> None:
+    full = command("checkpoint=a", "image=b", f"out={tmp_path}", "guidance.skale=3")
+    done = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "guidance.scale" in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_rendered_views_have_the_shapes_others_rely_on() -> None:
+    views = render_views(
+        Ball(), OccupancyGrid(0.6, VolumeConfig(samples_per_ray=32)), ring(3, 15.0, 40.0, 0.6), 40.0, 24
+    )
+    assert views.rgb.shape == views.normal.shape == (3, 3, 24, 24)
+    assert views.opacity.shape == views.depth.shape == (3, 24, 24)
