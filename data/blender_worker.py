@@ -38,9 +38,25 @@ def import_object(path):
         bpy.ops.wm.ply_import(filepath=path, forward_axis="Y", up_axis="Z")
     else:
         raise ValueError(f"{suffix} is not one of .glb .gltf .obj .ply")
+    if suffix == ".obj":
+        read_mtl_colours_as_srgb()
     for thing in list(bpy.data.objects):
         if thing.type in {"LIGHT", "CAMERA"}:
             bpy.data.objects.remove(thing)
+
+
+def read_mtl_colours_as_srgb():
+    """MTL does not say what Kd is; nearly every file means display colours, but Blender reads them as linear: washed out."""
+    for material in bpy.data.materials:
+        surface = principled(material)
+        if surface is not None and not surface.inputs["Base Color"].is_linked:
+            colour = surface.inputs["Base Color"].default_value
+            colour[:3] = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+
+
+def principled(material):
+    nodes = material.node_tree.nodes if material.use_nodes else ()
+    return next((node for node in nodes if node.type == "BSDF_PRINCIPLED"), None)
 
 
 def world_vertices():
@@ -100,7 +116,7 @@ def show_vertex_colours():
 
 
 def is_coloured(material):
-    surface = next((n for n in material.node_tree.nodes if n.type == "BSDF_PRINCIPLED"), None) if material.use_nodes else None
+    surface = principled(material)
     if surface is None:
         return True
     socket = surface.inputs["Base Color"]
@@ -132,7 +148,7 @@ def prepare_scene(resolution, samples):
     scene.cycles.use_adaptive_sampling = False
     scene.cycles.use_denoising = True
     scene.cycles.denoiser = "OPENIMAGEDENOISE"
-    scene.cycles.denoising_quality = "FAST"
+    scene.cycles.denoising_quality = scene.cycles.denoising_prefilter = "FAST"
     scene.cycles.max_bounces, scene.cycles.diffuse_bounces, scene.cycles.glossy_bounces = 6, 2, 2
     scene.cycles.caustics_reflective = scene.cycles.caustics_refractive = False
     scene.render.threads_mode, scene.render.threads = "FIXED", 1
