@@ -17,31 +17,14 @@ from omegaconf import OmegaConf
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.cli import run as run_command
-from data.files import UserError, atomic_file, require_writable, write_json
+from data.files import atomic_file, require_writable, write_json
 from distill.config import GenerateConfig
-from distill.distillation import camera_ranges, distil
+from distill.distillation import camera_ranges, choose_device, distil
 from distill.mesh import extract_mesh, save_glb
 from distill.snapshot import FILE, identity, load_snapshot, new_run
 from distill.turntable import save_turntable
 from models.checkpoint import load_export, read_info
 from models.image_encoder import embed_image, load_reference_image
-
-
-def choose_device(config: GenerateConfig) -> tuple[torch.device, torch.dtype]:
-    try:
-        device = (
-            torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            if config.device == "auto"
-            else torch.device(config.device)
-        )
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device={config.device} cannot be used ({str(error).splitlines()[0]}); use auto or cpu"
-        ) from None
-    if config.dtype == "auto":
-        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
-    return device, getattr(torch, config.dtype)
 
 
 def main(config: GenerateConfig) -> None:
