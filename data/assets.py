@@ -49,14 +49,18 @@ def list_assets(source: str | Path, cache: str | Path | None = None, names: Sequ
     """
     source = Path(source).expanduser()
     if not source.exists():
-        raise UserError(f"source={source} does not exist; give a folder of {' '.join(SUFFIXES)} files or a .sh3f library")
+        raise UserError(
+            f"source={source} does not exist; give a folder of {' '.join(SUFFIXES)} files or a .sh3f library"
+        )
     if source.is_dir():
         assets = select(list_folder(source), names, source)
     elif source.suffix.lower() in {".sh3f", ".zip"}:
         folder = Path(cache) if cache is not None else source.with_name(f".{source.name}.unpacked")
         assets = list_library(source, folder, names)
     else:
-        raise UserError(f"source={source} is neither a folder nor a .sh3f library; put the object into a folder and name that")
+        raise UserError(
+            f"source={source} is neither a folder nor a .sh3f library; put the object into a folder and name that"
+        )
     if not assets:
         raise UserError(f"source={source} holds no {' '.join(SUFFIXES)} files; give another folder")
     return assets
@@ -140,7 +144,9 @@ def list_library(path: Path, cache: Path, names: Sequence[str] = ()) -> list[Ass
             entries = {i: facts[f"model#{i}"].lstrip("/") for i in _catalog_numbers(facts)}
             entries = {i: model for i, model in entries.items() if model.lower().endswith(SUFFIXES)}
             uids = dict(zip(entries, safe_uids([PurePosixPath(m).name for m in entries.values()]), strict=True))
-            listed = [_library_asset(facts, i, uids[i], cache / uids[i] / PurePosixPath(m).name) for i, m in entries.items()]
+            listed = [
+                _library_asset(facts, i, uids[i], cache / uids[i] / PurePosixPath(m).name) for i, m in entries.items()
+            ]
             chosen = select(listed, names, path)
             models = {uids[i]: model for i, model in entries.items()}
             for asset in chosen:
@@ -192,7 +198,9 @@ def unpack_model(archive: zipfile.ZipFile, path: Path, model: str, folder: Path)
         raise UserError(f"source={path}: {parent} holds a file with an unsafe name; this library cannot be used")
     for member in members:
         if member.file_size > MEMBER_LIMIT:
-            raise UserError(f"source={path}: {member.filename} unpacks to {member.file_size} bytes, over {MEMBER_LIMIT}")
+            raise UserError(
+                f"source={path}: {member.filename} unpacks to {member.file_size} bytes, over {MEMBER_LIMIT}"
+            )
     if sum(member.file_size for member in members) > OBJECT_LIMIT:
         raise UserError(f"source={path}: {parent} unpacks to more than {OBJECT_LIMIT} bytes")
     if folder.is_dir() and all(

@@ -59,7 +59,9 @@ def check_blender(blender: Path) -> str:
     if done.returncode != 0:
         reason = " ".join((done.stderr or done.stdout).strip().splitlines()[-1:])
         if "cannot open shared object file" in done.stderr:
-            raise UserError(f"Blender lacks a system library: {reason}; on Debian or Ubuntu: apt-get install {PACKAGES}")
+            raise UserError(
+                f"Blender lacks a system library: {reason}; on Debian or Ubuntu: apt-get install {PACKAGES}"
+            )
         raise UserError(f"{blender} does not start: {reason}; {REMEDY}")
     return done.stdout.strip().splitlines()[-1]
 

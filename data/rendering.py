@@ -59,7 +59,9 @@ class RenderConfig:
     eval_reference_azimuth_deg: float = 30  # the evaluation's input picture is within +- this of the front
     elevation_deg: list[float] = field(default_factory=lambda: [0.0, 30.0])  # range, as in the paper's base model
     fov_deg: list[float] = field(default_factory=lambda: [15.0, 60.0])  # range, vertical
-    framing: list[float] = field(default_factory=lambda: [0.58, 0.71])  # range, object units in half the picture's height
+    framing: list[float] = field(
+        default_factory=lambda: [0.58, 0.71]
+    )  # range, object units in half the picture's height
     min_coverage: float = 0.01  # objects whose ring views cover less than this share of the picture are rejected
     object_limit_s: float = 600  # an object that takes longer fails
 
@@ -155,9 +157,13 @@ def render_object(config: RenderConfig, asset: Asset, print_: str, blender: Blen
         blender.render(job, config.object_limit_s, on_view)
         covered = [coverage(folder / view["file"]) for view in views if view["role"] == "ring"]
         if np.mean(covered) < config.min_coverage:
-            raise ObjectFailed(f"nearly empty: covers {np.mean(covered):.4f} of the picture, min_coverage={config.min_coverage}")
+            raise ObjectFailed(
+                f"nearly empty: covers {np.mean(covered):.4f} of the picture, min_coverage={config.min_coverage}"
+            )
         facts = {key: getattr(asset, key) for key in ("uid", "source", "license", "creator", "caption", "category")}
-        write_json(folder / "meta.json", facts | {"resolution": config.resolution, "fingerprint": print_, "views": views})
+        write_json(
+            folder / "meta.json", facts | {"resolution": config.resolution, "fingerprint": print_, "views": views}
+        )
 
 
 def coverage(path: Path) -> float:
@@ -200,7 +206,10 @@ def render_all(config: RenderConfig) -> None:
         done = (len(assets) - len(missing)) * per_object
         with Progress("render", len(assets) * per_object, unit="views", start=done) as progress:
             failed = run_workers(config, missing, prints, blender, processes, progress) if missing else {}
-    say(f"{len(assets) - len(failed)} of {len(assets)} objects are in {out}" + (f"; {len(failed)} failed, see {out / LEDGER}" if failed else ""))
+    say(
+        f"{len(assets) - len(failed)} of {len(assets)} objects are in {out}"
+        + (f"; {len(failed)} failed, see {out / LEDGER}" if failed else "")
+    )
     if len(failed) == len(assets):
         uid, reason = next(iter(failed.items()))
         raise UserError(f"no object could be rendered; {uid}: {reason}")
