@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from data.files import UserError, atomic_folder, read_json
 
@@ -24,7 +25,7 @@ IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
 @dataclass(frozen=True)
 class Asset:
-    """One 3D object.  `uid` holds only [A-Za-z0-9_-] and is unique in its source, so it can name a folder and a shard key.
+    """One 3D object.  `uid` holds only [A-Za-z0-9_-], unique in its source: it names a folder and a shard key.
 
     front_yaw_deg: where the object's front faces, counter-clockwise seen from above from the file's front (glTF +Z).
     rotation: 3x3 row-major, in the file's y-up axes, applied before anything else.
@@ -104,7 +105,9 @@ def select(assets: Iterable[Asset], names: Sequence[str], source: Path) -> list[
 def list_folder(folder: Path) -> list[Asset]:
     hidden = lambda path: any(part.startswith(".") for part in path.relative_to(folder).parts)  # noqa: E731
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not hidden(p))
-    known = read_json(folder / "assets.json", "assets.json") if (folder / "assets.json").exists() else {}
+    known: dict[str, dict[str, Any]] = {}
+    if (folder / "assets.json").exists():
+        known = read_json(folder / "assets.json", "assets.json")
     if not isinstance(known, dict) or not all(isinstance(facts, dict) for facts in known.values()):
         raise UserError(f"{folder / 'assets.json'} must be a JSON object of objects, one per file name or uid")
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -114,9 +117,9 @@ def list_folder(folder: Path) -> list[Asset]:
         yaw = facts.get("front_yaw_deg", 0)
         if isinstance(yaw, bool) or not isinstance(yaw, int | float) or not -360 <= yaw <= 360:
             raise UserError(f"{folder / 'assets.json'}: {name}: front_yaw_deg={yaw!r} is not a number of degrees")
-        text = {key: str(facts.get(key, "")) for key in ("caption", "category", "license", "creator")}
-        text["caption"] = text["caption"] or re.sub(r"[_\W]+", " ", path.stem).strip()
-        assets.append(Asset(uid=uid, path=path, source=str(folder), front_yaw_deg=float(yaw), **text))
+        caption = str(facts.get("caption", "")) or re.sub(r"[_\W]+", " ", path.stem).strip()
+        category, license_, creator = (str(facts.get(key, "")) for key in ("category", "license", "creator"))
+        assets.append(Asset(uid, path, str(folder), caption, category, license_, creator, front_yaw_deg=float(yaw)))
     return assets
 
 
@@ -126,8 +129,8 @@ def list_folder(folder: Path) -> list[Asset]:
 def parse_properties(text: str) -> dict[str, str]:
     """Java's .properties: `key=value` lines, `#` and `!` comments, a trailing backslash continues, \\uXXXX escapes."""
     values = {}
-    for line in re.sub(r"\\\r?\n[ \t]*", "", text).splitlines():
-        line = line.strip()
+    for raw in re.sub(r"\\\r?\n[ \t]*", "", text).splitlines():
+        line = raw.strip()
         if not line or line[0] in "#!":
             continue
         key, _, value = line.partition("=")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ class ObjectFailed(Exception):
 
 
 def find_blender(setting: str = "auto") -> Path:
-    """A Blender program, or a Python that has the bpy module.  auto: `.venv-blender` in the repository, then the PATH."""
+    """A Blender program, or a Python that has bpy.  auto: `.venv-blender` in the repository, then the PATH."""
     if setting != "auto":
         found = shutil.which(Path(setting).expanduser())
         if found is None:
@@ -91,7 +92,7 @@ class BlenderProcess:
             )
 
     def render(self, job: dict[str, Any], limit_s: float, on_view: Callable[[], None]) -> None:
-        """Renders one job (its format is in blender_worker.py); ObjectFailed on an error, a crash or after `limit_s`."""
+        """Renders one job (see blender_worker.py); ObjectFailed on an error, a crash or after `limit_s`."""
         os.truncate(self.log, 0) if self.log.exists() else None
         deadline = time.monotonic() + limit_s
         try:
@@ -142,10 +143,8 @@ class BlenderProcess:
             self.process.kill()
             self.process.wait()
             if self.process.stdin is not None:
-                try:
+                with contextlib.suppress(OSError):
                     self.process.stdin.close()
-                except OSError:
-                    pass
             self.process = None
 
     def close(self) -> None:

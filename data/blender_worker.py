@@ -1,16 +1,18 @@
 """Runs inside Blender and imports nothing of ours: renders the views of one object after another.
 
-Started as `python blender_worker.py RESULTS [JOBS]` with the bpy module, or `blender -b -P blender_worker.py -- RESULTS [JOBS]`.
+Started as `python blender_worker.py RESULTS [JOBS]` with the bpy module, or as
+`blender -b -P blender_worker.py -- RESULTS [JOBS]`.
 Jobs are JSON lines from the file JOBS or from stdin, until it ends; results are JSON lines appended to the file RESULTS
 (Blender itself writes what it likes to stdout).
 
 Job: {"uid", "path", "front_yaw_deg", "rotation": 9 floats, "resolution", "samples", "folder",
 "views": [{"file", "c2w": 4x4 rows, "fov_deg"}]}.
-Results: {"uid", "view": index} after each picture; {"uid", "status": "done"} or {"uid", "status": "failed", "error"} at the end.
+Results: {"uid", "view": index} after each picture; at the end {"uid", "status": "done"} or
+{"uid", "status": "failed", "error"}.
 
 World: z up, the object's bounding-box centre at the origin, its farthest vertex at distance 0.5, its front facing +x.
-An object's file is glTF-like (y up, front +Z), which Blender's importers turn into z up and front -y; PLY is read as it is,
-z up and front -y.
+An object's file is glTF-like (y up, front +Z), which Blender's importers turn into z up and front -y; PLY is read as it
+is, z up and front -y.
 """
 
 import json
@@ -46,7 +48,7 @@ def import_object(path):
 
 
 def read_mtl_colours_as_srgb():
-    """MTL does not say what Kd is; nearly every file means display colours, but Blender reads them as linear: washed out."""
+    """MTL does not say what Kd is.  Nearly every file means display colours; Blender reads linear ones: washed out."""
     for material in bpy.data.materials:
         surface = principled(material)
         if surface is not None and not surface.inputs["Base Color"].is_linked:

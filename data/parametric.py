@@ -1,7 +1,7 @@
-"""Runs inside Blender and imports nothing of ours: makes eight textured objects as GLB files, from nothing but this file.
+"""Runs inside Blender and imports nothing of ours: makes eight textured objects as GLB files.
 
 `python parametric.py FOLDER [NAME ...]` with the bpy module, or `blender -b -P parametric.py -- FOLDER [NAME ...]`.
-Objects stand on z = 0 with their front towards Blender's -y, which becomes glTF's +Z.  Lengths are arbitrary: renders scale.
+Objects stand on z = 0 with their front towards Blender's -y, which becomes glTF's +Z.  Lengths are arbitrary.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Objects to posed views: plans the cameras of each object, feeds Blender processes, keeps the books.
 
-A views folder holds `<uid>/meta.json` and `<uid>/000.png` ... (RGBA, straight alpha, sRGB), and `render_ledger.jsonl`, one
-line per object rendered, rejected or failed.
+A views folder holds `<uid>/meta.json` and `<uid>/000.png` ... (RGBA, straight alpha, sRGB), and `render_ledger.jsonl`,
+one line per object rendered, rejected or failed.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ class RenderConfig:
     eval_reference_azimuth_deg: float = 30  # the evaluation's input picture is within +- this of the front
     elevation_deg: list[float] = field(default_factory=lambda: [0.0, 30.0])  # range, as in the paper's base model
     fov_deg: list[float] = field(default_factory=lambda: [15.0, 60.0])  # range, vertical
-    framing: list[float] = field(
-        default_factory=lambda: [0.58, 0.71]
-    )  # range, object units in half the picture's height
+    framing: list[float] = field(default_factory=lambda: [0.58, 0.71])  # range, object units in half the height
     min_coverage: float = 0.01  # objects whose ring views cover less than this share of the picture are rejected
     object_limit_s: float = 600  # an object that takes longer fails
 
@@ -77,16 +75,28 @@ class RenderConfig:
             value = getattr(self, name)
             check(low <= value <= high, f"{name}={value} is outside {low}..{high}; choose a value inside")
         check(self.views_per_ring % 4 == 0, f"views_per_ring={self.views_per_ring} is no multiple of 4; try 12 or 16")
-        for name, low, high in (("elevation_deg", -89, 89), ("fov_deg", 1, 120), ("framing", 0.01, 100)):
-            value = getattr(self, name)
-            ordered = len(value) == 2 and low <= value[0] <= value[1] <= high
-            check(ordered, f"{name}={value} must be [lowest, highest] within {low}..{high}")
+        check(
+            self.view_count <= 1000, f"{self.view_count} views an object are more than 1000; lower rings or references"
+        )
+        for name, lowest, highest in (
+            ("elevation_deg", -89.0, 89.0),
+            ("fov_deg", 1.0, 120.0),
+            ("framing", 0.01, 100.0),
+        ):
+            span = getattr(self, name)
+            ordered = len(span) == 2 and lowest <= span[0] <= span[1] <= highest
+            check(ordered, f"{name}={span} must be [lowest, highest] within {lowest:g}..{highest:g}")
         needed = RADIUS / math.cos(math.radians(self.fov_deg[1]) / 2)
         check(
             self.framing[0] > needed,
             f"framing={self.framing} clips objects at fov_deg={self.fov_deg}: the lowest framing must be above "
             f"{RADIUS}/cos(fov/2) = {needed:.3f}; raise framing or lower fov_deg",
         )
+
+    @property
+    def view_count(self) -> int:
+        """Views of one object."""
+        return self.rings * self.views_per_ring + self.references + self.eval_views + 1
 
 
 # --- the plan: which views of an object, a pure function of (config, uid) ---
@@ -98,8 +108,11 @@ def plan_views(config: RenderConfig, uid: str) -> list[dict[str, Any]]:
     random = np.random.Generator(np.random.Philox(key=key))
     views: list[dict[str, Any]] = []
 
+    def draw(span: list[float]) -> float:
+        return float(random.uniform(span[0], span[1]))
+
     def draw_lens() -> tuple[float, float, float]:
-        return tuple(float(random.uniform(*r)) for r in (config.elevation_deg, config.fov_deg, config.framing))  # type: ignore[return-value]
+        return draw(config.elevation_deg), draw(config.fov_deg), draw(config.framing)
 
     def add(role: str, ring: int | None, index: int, azimuth: float, lens: tuple[float, float, float]) -> None:
         elevation, fov, framing = lens
@@ -111,16 +124,16 @@ def plan_views(config: RenderConfig, uid: str) -> list[dict[str, Any]]:
         )  # fmt: skip
 
     for ring in range(config.rings):
-        start, lens = float(random.uniform(0, 360)), draw_lens()
+        start, lens = draw([0, 360]), draw_lens()
         for index in range(config.views_per_ring):
             add("ring", ring, index, (start + 360 * index / config.views_per_ring) % 360, lens)
     for index in range(config.references):
-        azimuth = float(random.uniform(-config.reference_azimuth_deg, config.reference_azimuth_deg))
+        azimuth = draw([-config.reference_azimuth_deg, config.reference_azimuth_deg])
         add("reference", None, index, azimuth % 360, draw_lens())
     middle = (config.eval_elevation_deg, sum(config.fov_deg) / 2, sum(config.framing) / 2)
     for index in range(config.eval_views):
         add("eval", config.rings, index, 360 * index / config.eval_views, middle)
-    azimuth = float(random.uniform(-config.eval_reference_azimuth_deg, config.eval_reference_azimuth_deg))
+    azimuth = draw([-config.eval_reference_azimuth_deg, config.eval_reference_azimuth_deg])
     add("eval_reference", None, 0, azimuth % 360, draw_lens())
     return views
 
@@ -200,11 +213,10 @@ def render_all(config: RenderConfig) -> None:
     with only_renderer(out):
         prints = {asset.uid: fingerprint(config, asset) for asset in assets}
         missing = [asset for asset in assets if not is_present(out, asset.uid, prints[asset.uid])]
-        per_object = config.rings * config.views_per_ring + config.references + config.eval_views + 1
         processes = min(config.processes or len(os.sched_getaffinity(0)), max(len(missing), 1))
         say(f"{len(assets)} objects, {len(assets) - len(missing)} already there; {version}, {processes} processes")
-        done = (len(assets) - len(missing)) * per_object
-        with Progress("render", len(assets) * per_object, unit="views", start=done) as progress:
+        done = (len(assets) - len(missing)) * config.view_count
+        with Progress("render", len(assets) * config.view_count, unit="views", start=done) as progress:
             failed = run_workers(config, missing, prints, blender, processes, progress) if missing else {}
     say(
         f"{len(assets) - len(failed)} of {len(assets)} objects are in {out}"
@@ -264,10 +276,15 @@ def run_workers(
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.2)  # short, so that Ctrl-C is heard
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from here")
+        raise SystemExit(130) from None
     finally:
         stop.set()
         for worker in workers:
             worker.close()
+        for thread in threads:
+            thread.join(5)  # so that what they were writing is removed
     if fatal:
         raise fatal[0]
     return failed

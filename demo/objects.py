@@ -1,4 +1,4 @@
-"""Real objects for the demo: a CC0 library from Debian's archive, or parametric ones where there is no Debian or no network."""
+"""Objects for the demo: a CC0 library from Debian's archive, or parametric ones where that cannot be had."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def fetch_objects(cache: Path) -> tuple[Path, str]:
 
 
 def fetch_library(library: Path) -> None:
-    """Downloads the package with apt and copies the CC0 library out of it; installs nothing.  NotFetched when it cannot."""
+    """Downloads the package with apt and copies the CC0 library out of it; installs nothing.  Raises NotFetched."""
     for program in ("apt-get", "dpkg-deb"):
         if shutil.which(program) is None:
             raise NotFetched(f"there is no {program} here")
