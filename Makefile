@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BLENDER_PACKAGES := libegl1 libgl1 libxi6 libxxf86vm1 libxfixes3 libxkbcommon0 libsm6 libxrender1
 
-.PHONY: help install system blender demo test check bench doctor clean
+.PHONY: help install system blender demo test check bench clean
 help:
 	@grep -hE '^## ' $(MAKEFILE_LIST) | sed 's/^## //'
 
@@ -43,10 +43,6 @@ check: install
 ## make bench     ratios against named baselines, measured in one run
 bench: install
 	@for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
-
-## make doctor    what this machine has and lacks
-doctor: install
-	$(BIN)/python demo/doctor.py
 
 ## make clean     remove runs; keep environments
 clean:

@@ -55,7 +55,7 @@ def steps(config: DemoConfig, source: str) -> list[Step]:
             "render",
             [*PYTHON, "data/render.py", "experiment=demo", f"source={source}", f"out={out}/views", *config.render],
         ),
-        Step("pack", [*PYTHON, "data/pack.py", "experiment=demo", f"views={out}/views", f"out={shards}", *config.pack]),
+        Step("pack", [*PYTHON, "data/pack.py", "objects_per_shard=3", f"views={out}/views", f"out={shards}", *config.pack]),
         Step("small", [*PYTHON, "models/small.py", f"shards={shards}", f"out={parts}", *config.small]),
         Step("stage1", [*launch, "train/stage1.py", *training, f"out={stage1}", *config.stage1]),
         Step(

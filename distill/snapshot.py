@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -93,3 +94,21 @@ def load_snapshot(path: Path, run: Run, identity: str) -> bool:
     run.optimizer.load_state_dict(optimizer)
     run.step, run.losses = content["step"], content["losses"]
     return True
+
+
+def load_result(out: Path) -> tuple[Run, GenerateConfig]:
+    """The newest state of the distillation in folder `out`, with its configuration, on the CPU.
+
+    UserError when `out` holds none.
+    """
+    path = out / FILE
+    if not path.is_file() or not (out / "config.yaml").is_file():
+        raise UserError(f"{out} holds no distillation: {path} or config.yaml is missing; run distill/generate.py first")
+    merged = OmegaConf.merge(OmegaConf.structured(GenerateConfig), OmegaConf.load(out / "config.yaml"))
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, GenerateConfig)
+    run = new_run(config, "cpu")
+    with safe_open(path, framework="pt") as file:
+        mark = json.loads(file.metadata()["run"])["identity"]
+    load_snapshot(path, run, mark)
+    return run, config

@@ -23,8 +23,8 @@ class SmallConfig:
     shards: str = "shards"  # folder with manifest.json
     out: str = "parts"  # gets vae/ and image_encoder/
     image_size: int = 64  # pixels a side
-    patch_size: int = 8  # pixels per latent cell and side
-    latent_channels: int = 16
+    patch_size: int = 16  # pixels per latent cell and side
+    latent_channels: int = 64
     embed_dim: int = 64  # width of the image embedding
     max_objects: int = 256  # more add nothing to a fit this small
     seed: int = 0

@@ -1,0 +1,295 @@
+"""Real renders with a real Blender: world axes, front, lens, determinism, and what happens when processes die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+from data.blender_pool import check_blender, find_blender, script_command
+from data.cameras import camera_rays
+from data.files import UserError
+from data.rendering import LEDGER, RADIUS, RenderConfig, render_all
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"resolution": 32, "samples": 1, "rings": 1, "views_per_ring": 4, "references": 1, "eval_views": 0}
+# Boxes in the world's axes: where they must appear, and their colours.
+BOXES = {
+    "red": ((1.0, 0, 0), (220, 20, 20)),
+    "green": ((0, 0.7, 0), (20, 200, 20)),
+    "blue": ((0, 0, 0.8), (20, 20, 220)),
+}
+WORLD_FROM_GLTF = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])  # front +Z to +x, up +Y to +z, so +X to +y
+WORLD_FROM_PLY = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]])  # front -y to +x, up +z
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blender() -> Path:
+    try:
+        found = find_blender()
+        check_blender(found)
+    except UserError as error:
+        pytest.skip(f"no Blender: {error}")
+    return found
+
+
+def boxes(world_from_file: np.ndarray, name: str) -> list[trimesh.Trimesh]:
+    """The three boxes in a file's axes, as vertex-coloured (ply) or material-coloured (others) meshes."""
+    meshes = []
+    for at, colour in BOXES.values():
+        mesh = trimesh.creation.box((0.3, 0.3, 0.3))
+        mesh.apply_translation(at)
+        mesh.vertices = mesh.vertices @ world_from_file  # the inverse of a rotation, applied to rows
+        if name.endswith(".ply"):
+            mesh.visual.vertex_colors = np.tile([*colour, 255], (len(mesh.vertices), 1))
+        else:
+            linear = [round(255 * (c / 255) ** 2.2) for c in colour]  # glTF factors are linear
+            material = trimesh.visual.material.PBRMaterial(baseColorFactor=[*linear, 255], metallicFactor=0)
+            mesh.visual = trimesh.visual.TextureVisuals(material=material)
+        meshes.append(mesh)
+    return meshes
+
+
+def write_boxes(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    trimesh.Scene(boxes(WORLD_FROM_GLTF, "a.glb")).export(folder / "plain.glb")
+    turned = trimesh.Scene(boxes(WORLD_FROM_GLTF, "a.glb"))
+    turned.apply_transform(trimesh.transformations.rotation_matrix(np.radians(70), [0, 1, 0]))
+    turned.export(folder / "turned.glb")
+    trimesh.util.concatenate(boxes(WORLD_FROM_PLY, "a.ply")).export(folder / "points.ply")
+    (folder / "assets.json").write_text(json.dumps({"turned": {"front_yaw_deg": 70}}))
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory, blender: Path) -> Path:
+    folder = tmp_path_factory.mktemp("boxes")
+    write_boxes(folder / "in")
+    render_all(
+        RenderConfig(
+            source=str(folder / "in"),
+            out=str(folder / "out"),
+            resolution=96,
+            samples=8,
+            rings=1,
+            views_per_ring=8,
+            references=2,
+            eval_views=0,
+            elevation_deg=[20, 40],
+            fov_deg=[40, 60],
+            framing=[0.58, 0.8],
+        )  # fmt: skip
+    )
+    return folder / "out"
+
+
+def world_boxes() -> tuple[np.ndarray, np.ndarray, float]:
+    """Corners (3, 8, 3) and centres (3, 3) after centring and scaling as the conventions say, and the scale."""
+    corners = np.array([[-1, -1, -1], [1, 1, 1]]) * 0.15
+    corners = np.array([[corners[i, 0], corners[j, 1], corners[k, 2]] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
+    centres = np.array([at for at, _ in BOXES.values()])
+    points = centres[:, None] + corners
+    middle = (points.min(axis=(0, 1)) + points.max(axis=(0, 1))) / 2
+    scale = RADIUS / np.linalg.norm(points - middle, axis=-1).max()
+    return (points - middle) * scale, (centres - middle) * scale, float(scale)
+
+
+def expected_hit(origin: np.ndarray, direction: np.ndarray) -> int | None:
+    """Which box a ray meets first, by the slab method; None when it passes within 2 % of an edge or meets none."""
+    points, _, _ = world_boxes()
+    nearest = {}
+    for number, box in enumerate(points):
+        for grown in (-0.012, 0.012):
+            low, high = box.min(axis=0) - grown, box.max(axis=0) + grown
+            t = np.stack([(low - origin) / direction, (high - origin) / direction])
+            enter, leave = t.min(axis=0).max(), t.max(axis=0).min()
+            nearest[number, grown] = enter if enter < leave else np.inf
+    shrunk = [nearest[i, -0.012] for i in range(3)]
+    shrunk, grown_ = [nearest[i, 0.012] for i in range(3)], shrunk
+    order = int(np.argmin(shrunk))
+    sure = np.isfinite(shrunk[order]) and all(grown_[i] > shrunk[order] for i in range(3) if i != order)
+    return order if sure else None
+
+
+@pytest.mark.parametrize("uid", ["plain", "turned", "points"])
+def test_colours_appear_where_the_cameras_say(rendered: Path, uid: str) -> None:
+    """Every pixel whose ray surely meets a box shows its colour: proves axes, front, c2w, fov, centring and scale."""
+    meta = json.loads((rendered / uid / "meta.json").read_text())
+    seen = {name: 0 for name in BOXES}
+    for view in meta["views"]:
+        picture = np.asarray(Image.open(rendered / uid / view["file"])).astype(int)
+        origin, rays = camera_rays(torch.tensor(view["c2w"]), torch.tensor(view["fov_deg"]), 96, 96)
+        for row in range(0, 96, 3):
+            for column in range(0, 96, 3):
+                hit = expected_hit(origin[row, column].numpy(), rays[row, column].numpy() + 1e-9)
+                if hit is not None:
+                    seen[list(BOXES)[hit]] += 1
+                    assert picture[row, column, 3] > 200, (view["file"], row, column)
+                    assert picture[row, column, :3].argmax() == hit, (view["file"], row, column, picture[row, column])
+    assert min(seen.values()) > 50, seen
+
+
+def test_nothing_is_drawn_where_no_ray_meets(rendered: Path) -> None:
+    """The silhouette of the sphere around the boxes bounds the alpha, and the picture's border is empty."""
+    for folder in (path.parent for path in rendered.glob("*/meta.json")):
+        meta = json.loads((folder / "meta.json").read_text())
+        for view in meta["views"]:
+            alpha = np.asarray(Image.open(folder / view["file"]))[..., 3]
+            assert alpha[[0, -1]].max() == 0 and alpha[:, [0, -1]].max() == 0
+            origin, rays = camera_rays(torch.tensor(view["c2w"]), torch.tensor(view["fov_deg"]), 96, 96)
+            missed = torch.linalg.cross(origin, rays).norm(dim=-1) > RADIUS + 0.02
+            assert alpha[missed.numpy()].max(initial=0) == 0
+
+
+def test_the_three_files_give_the_same_pictures(rendered: Path) -> None:
+    """GLB, GLB with its front turned away and PLY differ in their cameras' seeds only, so compare what meta promises."""
+    metas = [json.loads(path.read_text()) for path in sorted(rendered.glob("*/meta.json"))]
+    assert [meta["uid"] for meta in metas] == ["plain", "points", "turned"]
+    for meta in metas:
+        assert set(meta) == {
+            "uid", "source", "license", "creator", "caption", "category", "resolution", "fingerprint", "views",
+        }  # fmt: skip
+        roles = [view["role"] for view in meta["views"]]
+        assert roles == ["ring"] * 8 + ["reference"] * 2 + ["eval_reference"]
+
+
+@pytest.fixture(scope="module")
+def snowman(tmp_path_factory: pytest.TempPathFactory, blender: Path) -> Path:
+    """A folder with one parametric object."""
+    folder = tmp_path_factory.mktemp("parametric")
+    words = [*script_command(blender, ROOT / "data" / "parametric.py"), str(folder), "snowman"]
+    subprocess.run(words, check=True, capture_output=True)
+    return folder
+
+
+def small(source: Path, out: Path, **changes: Any) -> RenderConfig:
+    return RenderConfig(**(SMALL | {"source": str(source), "out": str(out)} | changes))
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in sorted(folder.iterdir())}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_rendering_again_is_equal_and_resuming_renders_nothing(snowman: Path, tmp_path: Path) -> None:
+    render_all(small(snowman, tmp_path / "a", samples=4))
+    render_all(small(snowman, tmp_path / "b", samples=4))
+    assert contents(tmp_path / "a" / "snowman") == contents(tmp_path / "b" / "snowman")
+    before = stamps(tmp_path / "a" / "snowman")
+    render_all(small(snowman, tmp_path / "a", samples=4))
+    assert stamps(tmp_path / "a" / "snowman") == before
+    render_all(small(snowman, tmp_path / "a", samples=2))
+    assert stamps(tmp_path / "a" / "snowman") != before
+    assert len((tmp_path / "a" / LEDGER).read_text().splitlines()) == 2
+
+
+def test_a_front_view_shows_the_front(snowman: Path, tmp_path: Path) -> None:
+    """The carrot is orange and in front: seen from azimuth 0 and hidden from 180."""
+    settings = {"eval_views": 2, "eval_elevation_deg": 0, "resolution": 96, "samples": 8}
+    render_all(small(snowman, tmp_path, **settings))
+    meta = json.loads((tmp_path / "snowman" / "meta.json").read_text())
+    orange = []
+    for view in meta["views"]:
+        if view["role"] == "eval":
+            r, g, b, a = np.moveaxis(np.asarray(Image.open(tmp_path / "snowman" / view["file"])).astype(int), -1, 0)
+            orange.append(int(((a > 200) & (r - g > 40) & (g - b > 40)).sum()))
+    assert orange[0] > 3 and orange[1] == 0, orange
+
+
+def test_bad_objects_cost_themselves_only(tmp_path: Path) -> None:
+    write_boxes(tmp_path / "in")
+    (tmp_path / "in" / "broken.glb").write_bytes(b"glTF" + bytes(50))
+    (tmp_path / "in" / "faceless.obj").write_text("v 0 0 0\nv 1 0 0\n")
+    (tmp_path / "in" / "invisible.obj").write_text("mtllib i.mtl\nusemtl i\nv 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    (tmp_path / "in" / "i.mtl").write_text("newmtl i\nKd 1 1 1\nd 0\n")
+    render_all(small(tmp_path / "in", tmp_path / "out", processes=2))
+    ledger = {line["uid"]: line for line in map(json.loads, (tmp_path / "out" / LEDGER).read_text().splitlines())}
+    assert {uid: line["status"] for uid, line in ledger.items()} == {
+        "plain": "rendered", "turned": "rendered", "points": "rendered", "broken": "failed", "faceless": "failed",
+        "invisible": "failed",
+    }  # fmt: skip
+    assert "no faces" in ledger["faceless"]["reason"] and "nearly empty" in ledger["invisible"]["reason"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["plain", "points", "turned"]
+
+
+def test_an_object_that_takes_too_long_fails(snowman: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="took longer than object_limit_s=1"):
+        render_all(small(snowman, tmp_path, object_limit_s=1, samples=60000))
+    assert not (tmp_path / "snowman").exists()
+
+
+def start_render(source: Path, out: Path) -> subprocess.Popen[bytes]:
+    words = [f"{key}={value}" for key, value in (SMALL | {"views_per_ring": 40, "samples": 16}).items()]
+    words += [f"source={source}", f"out={out}", "processes=1"]
+    return subprocess.Popen([sys.executable, "data/render.py", *words], cwd=ROOT, stderr=subprocess.PIPE)
+
+
+def wait_for(what: Callable[[], Any], limit_s: float = 120) -> Any:
+    deadline = time.monotonic() + limit_s
+    while not (found := what()):
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+    return found
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_killed_worker_costs_its_object_and_a_rerun_mends_it(tmp_path: Path) -> None:
+    write_boxes(tmp_path / "in")
+    process = start_render(tmp_path / "in", tmp_path / "out")
+    wait_for(lambda: list((tmp_path / "out").glob(".plain.*.tmp/003.png")))
+    (worker,) = children(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    _, words = process.communicate(timeout=200)
+    assert process.returncode == 0 and b"plain failed: Blender ended with status -9" in words, words
+    assert sorted(p.parent.name for p in (tmp_path / "out").glob("*/meta.json")) == ["points", "turned"]
+    kept = stamps(tmp_path / "out" / "turned")
+    again = start_render(tmp_path / "in", tmp_path / "out")
+    assert again.communicate(timeout=200) and again.returncode == 0
+    assert len(list((tmp_path / "out" / "plain").glob("*.png"))) == 42
+    assert stamps(tmp_path / "out" / "turned") == kept
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_or_interrupted_renderer_leaves_no_workers(snowman: Path, tmp_path: Path, number: int) -> None:
+    process = start_render(snowman, tmp_path)
+    wait_for(lambda: list(tmp_path.glob(".snowman.*.tmp/001.png")))
+    (worker,) = children(process.pid)
+    process.send_signal(number)
+    _, words = process.communicate(timeout=60)
+    wait_for(lambda: not is_running(worker), 20)
+    assert not (tmp_path / "snowman").exists()
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and b"goes on from here" in words
+        assert not list(tmp_path.glob(".snowman*"))
+    again = start_render(snowman, tmp_path)
+    assert again.communicate(timeout=200) and again.returncode == 0
+    assert (tmp_path / "snowman" / "meta.json").exists() and not list(tmp_path.glob(".snowman*"))
