@@ -13,7 +13,7 @@ class DemoConfig:
     distill: str = "cactus"  # uid of the object to distil
     processes: int = 2  # training processes
     strict: bool = True  # exit non-zero when the result misses the bars
-    # More overrides for single steps, for instance stage1='[steps=4]'.
+    # More overrides for single steps, for instance stage1='["steps=4"]'.
     render: list[str] = field(default_factory=list)
     pack: list[str] = field(default_factory=list)
     small: list[str] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """The whole road, small: objects -> renders -> shards -> stage 1 -> stage 2 -> NeRF -> mesh -> report.
 
-    python demo/run.py [out=runs/demo] [source=folder/of/glbs] [stage1='[steps=500]' ...]
+    python demo/run.py [out=runs/demo] [source=folder/of/glbs] [stage1='["steps=500"]' ...]
 
 Each step is the command a user would type; it is run once, and again only when it or a step before it has changed.
 Interrupted at any point, the demo goes on where it was: each command resumes by itself.

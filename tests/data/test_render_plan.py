@@ -89,7 +89,8 @@ def test_settings_that_cannot_work(changes: dict[str, Any], message: str) -> Non
 
 
 def command(script: str, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, f"data/{script}.py", *words], cwd=ROOT, capture_output=True, text=True)
+    words = (sys.executable, f"data/{script}.py", *words)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_errors_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_a_blender_that_cannot_start_names_the_remedy(tmp_path: Path, monkeypatc
     lacking = "echo 'libEGL.so.1: cannot open shared object file: No such file' >&2; exit 1"
     with pytest.raises(UserError, match=f"libEGL.*apt-get install {PACKAGES}"):
         check_blender(fake(tmp_path / "blender", lacking))
-    with pytest.raises(UserError, match="No module named 'bpy'.*make blender"):
+    with pytest.raises(UserError, match=r"No module named 'bpy'.*make blender"):
         check_blender(Path(sys.executable).with_name("python"))
     monkeypatch.setattr("data.blender_pool.REPOSITORY", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))

@@ -1,0 +1,90 @@
+"""A tiny data set and the small frozen networks, made once, without Blender."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.cameras import framing_distance, orbit_camera
+from data.shards import pack
+
+ROOT = Path(__file__).resolve().parents[2]
+OBJECTS, SIZE = 4, 32
+
+
+def draw_views(folder: Path) -> None:
+    """Objects whose colour tells the object and whose shading tells the azimuth."""
+    rng = np.random.default_rng(0)
+    for number in range(OBJECTS):
+        uid = f"object{number}"
+        (folder / uid).mkdir(parents=True)
+        colour = rng.uniform(40, 220, 3)
+        views = []
+        plan = [("ring", ring, i, 90.0 * i + 20 * ring) for ring in range(2) for i in range(4)]
+        plan += [("eval", None, i, 90.0 * i) for i in range(4)]
+        plan += [("reference", None, i, 20.0 * i) for i in range(2)] + [("eval_reference", None, 0, 10.0)]
+        for index, (role, ring, i, azimuth) in enumerate(plan):
+            y, x = np.mgrid[:SIZE, :SIZE] / SIZE - 0.5
+            inside = (x**2 + y**2) < 0.15
+            shade = 0.7 + 0.3 * np.cos(np.radians(azimuth) + 4 * x)
+            rgba = np.concatenate([colour * shade[..., None], 255.0 * inside[..., None]], axis=-1).astype(np.uint8)
+            Image.fromarray(rgba).save(folder / uid / f"{index:03d}.png")
+            distance = framing_distance(0.58, 40.0)
+            c2w = orbit_camera(torch.tensor(azimuth), torch.tensor(15.0), distance)
+            views.append(
+                {
+                    "file": f"{index:03d}.png",
+                    "role": role,
+                    "ring": ring,
+                    "index": i,
+                    "azimuth_deg": azimuth,
+                    "elevation_deg": 15.0,
+                    "fov_deg": 40.0,
+                    "distance": float(distance),
+                    "c2w": c2w.tolist(),
+                }  # fmt: skip
+            )
+        meta = {"uid": uid, "source": "test", "license": "CC0", "creator": "", "caption": uid, "category": "",
+                "resolution": SIZE, "fingerprint": "", "views": views}  # fmt: skip
+        (folder / uid / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with shards/ and parts/{vae,image_encoder}."""
+    folder = tmp_path_factory.mktemp("tiny")
+    draw_views(folder / "views")
+    pack(folder / "views", folder / "shards", objects_per_shard=3)
+    subprocess.run(
+        [sys.executable, "models/small.py", f"shards={folder}/shards", f"out={folder}/parts", "image_size=32",
+         "latent_channels=8", "embed_dim=8"],
+        cwd=ROOT, check=True, timeout=300,
+    )  # fmt: skip
+    return folder
+
+
+def tiny_overrides(folder: Path) -> list[str]:
+    """The demo's configuration, smaller still."""
+    return [
+        "experiment=demo", f"data.shards={folder}/shards", "data.image_size=32",
+        f"model.autoencoder.weights={folder}/parts/vae", "model.autoencoder.latent_channels=8",
+        f"model.image_encoder.weights={folder}/parts/image_encoder", "model.unet.cross_attention_dim=8",
+        "model.unet.block_out_channels=[32,64]", "model.unet.heads=[1,2]",
+        "batch_size=4", "micro_batch_size=2", "log_every=1", "checkpoint_every=2", "sample_objects=1",
+        "sample_steps=2", "steps=6",
+    ]  # fmt: skip
+
+
+def launch(stage: int, processes: int) -> list[str]:
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1",
+        "--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no",
+        f"train/stage{stage}.py",
+    ]  # fmt: skip

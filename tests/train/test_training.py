@@ -1,0 +1,154 @@
+"""Real DeepSpeed processes: a killed run equals one that was not, stage 2 follows stage 1, errors come before work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from wandb.proto import wandb_internal_pb2
+from wandb.sdk.internal.datastore import DataStore
+
+from models.checkpoint import load_export
+
+from .conftest import ROOT, launch, tiny_overrides
+
+
+def train(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    launcher = launch(stage, processes) if processes > 1 else [sys.executable, f"train/stage{stage}.py"]
+    return subprocess.run(
+        [*launcher, *tiny_overrides(tiny), f"out={out}", *more],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["global_step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def weights_hash(out: Path) -> str:
+    tensors = load_file(out / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def quiet(tiny, tmp_path_factory) -> Path:
+    """Stage 1, two processes, ZeRO-2, never disturbed."""
+    out = tmp_path_factory.mktemp("quiet") / "stage1"
+    done = train(tiny, out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_a_run_leaves_what_it_promises(quiet) -> None:
+    assert [step for step, _ in losses(quiet)] == [1, 2, 3, 4, 5, 6]
+    assert sorted(p.name for p in (quiet / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
+    assert (quiet / "samples" / "step_00000006.png").is_file() and (quiet / "config.yaml").is_file()
+    model = load_export(quiet / "export")
+    assert model.info.stage == 1 and model.info.step == 6 and model.info.num_views == 4
+    assert model.info.fov_deg == (40.0, 40.0) and model.info.framing == (0.58, 0.58)
+    state = json.loads((quiet / "checkpoints" / "step_00000006" / "state.json").read_text())
+    assert state["world_size"] == 2 and state["zero_stage"] == 2
+
+
+def test_wandb_holds_every_step_once(quiet) -> None:
+    """Read back with W&B's own reader of its offline files."""
+    (path,) = (quiet / "wandb").glob("offline-run-*/run-*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(path))
+    steps, keys, configured = [], set(), False
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "run":
+            assert record.run.run_id == (quiet / "wandb_id").read_text().strip()
+            configured = any(item.key == "optim" for item in record.run.config.update)
+        if record.WhichOneof("record_type") == "history":
+            row = {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
+            keys |= set(row)
+            if "loss" in row:
+                steps.append(row["global_step"])
+    assert steps == [1, 2, 3, 4, 5, 6] and configured
+    assert {"loss", "lr", "images_per_s", "samples", "samples/psnr"} <= keys
+
+
+def test_killed_and_resumed_equals_undisturbed(quiet, tiny, tmp_path) -> None:
+    """SIGKILL of a random rank after the first checkpoint; the same command goes on to the very same weights."""
+    out = tmp_path / "stage1"
+    process = subprocess.Popen(
+        [*launch(1, 2), *tiny_overrides(tiny), f"out={out}"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 400
+    while not (out / "checkpoints" / "step_00000002").is_dir():
+        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint appeared"
+        time.sleep(0.05)
+    ranks = subprocess.run(
+        ["pgrep", "-g", str(os.getpgid(process.pid)), "-f", "train/stage1.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    children = [int(pid) for pid in ranks if int(pid) != process.pid]
+    os.kill(random.choice(children), signal.SIGKILL)
+    process.wait(timeout=120)
+    assert process.returncode != 0
+    again = train(tiny, out)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "going on from" in again.stdout
+    assert losses(out) == losses(quiet)
+    assert weights_hash(out) == weights_hash(quiet)
+    finished = train(tiny, out)
+    assert finished.returncode == 0 and "nothing to do" in finished.stdout
+    # A checkpoint is tied to its number of processes until it can be converted; that must be said, not crash.
+    (out / "export" / "isotropic3d.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "step_00000006")
+    alone = train(tiny, out, processes=1)
+    assert alone.returncode == 2 and "saved with world_size=2 and this run has 1" in alone.stderr
+
+
+def test_stage_2_starts_from_stage_1(quiet, tiny, tmp_path) -> None:
+    out = tmp_path / "stage2"
+    done = train(
+        tiny, out, f"init_from={quiet}/export", "steps=2", "objective.reference_probability=1",
+        "objective.single_view_probability=0", "optim.lr=1e-9", stage=2, processes=1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all("loss/reference" in row for row in rows if "loss" in row)
+    ours, theirs = (load_file(p / "export/unet/diffusion_pytorch_model.safetensors") for p in (out, quiet))
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in theirs), "it did not start from the export"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.unet.block_out_channels=[64,64]"], "is another network than model.unet describes"),
+        (["init_from=/nowhere"], "checkpoint /nowhere is not a folder"),
+        (["model.autoencoder.weights={tiny}/parts/image_encoder"], "it must be one of AutoencoderKL, PatchCodec"),
+        (["data.shards={tiny}/views"], "has no manifest.json"),
+        (["data.num_views=3"], "no 3 equally spaced"),
+        (["batch_size=5"], "batch_size=5 does not divide"),
+    ],
+)
+def test_errors_come_before_work(quiet, tiny, tmp_path, overrides, words) -> None:
+    done = train(
+        tiny, tmp_path / "run", f"init_from={quiet}/export", *(o.format(tiny=tiny) for o in overrides),
+        stage=2, processes=1,
+    )  # fmt: skip
+    assert done.returncode == 2 and words in done.stderr, done.stderr[-2000:]
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "export").exists()
