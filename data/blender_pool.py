@@ -93,38 +93,39 @@ class BlenderProcess:
 
     def render(self, job: dict[str, Any], limit_s: float, on_view: Callable[[], None]) -> None:
         """Renders one job (see blender_worker.py); ObjectFailed on an error, a crash or after `limit_s`."""
-        os.truncate(self.log, 0) if self.log.exists() else None
-        deadline = time.monotonic() + limit_s
+        if self.process is None or self.process.poll() is not None:
+            self.process = self.start()
+        os.truncate(self.log, 0)
         try:
-            if self.process is None or self.process.poll() is not None:
-                self.process = self.start()
-            assert self.process.stdin is not None
-            self.process.stdin.write(json.dumps(job) + "\n")
-            self.process.stdin.flush()
-            while True:
-                running = self.process.poll() is None  # asked before reading: what it wrote before its end is read
-                for result in self.new_results():
-                    if "view" in result:
-                        on_view()
-                    elif result["status"] == "done":
-                        return
-                    else:
-                        raise ObjectFailed(result["error"])
-                if not running:
-                    raise ObjectFailed(f"Blender ended with status {self.process.returncode}: {self.last_words()}")
-                if time.monotonic() > deadline:
-                    raise ObjectFailed(f"took longer than object_limit_s={limit_s:g}")
-                time.sleep(0.02)
-        except BrokenPipeError:
+            error = self.follow(self.process, job, limit_s, on_view)
+        except BaseException:  # a crash, a hang, an interruption: the next object gets a new process
             self.stop()
-            raise ObjectFailed(f"Blender ended before the job: {self.last_words()}") from None
-        except BaseException as error:
-            if not (isinstance(error, ObjectFailed) and self.process is not None and self.reusable(error)):
-                self.stop()
             raise
+        if error:
+            raise ObjectFailed(error)
 
-    def reusable(self, error: ObjectFailed) -> bool:
-        return "object_limit_s" not in str(error) and self.process is not None and self.process.poll() is None
+    def follow(
+        self, process: subprocess.Popen[str], job: dict[str, Any], limit_s: float, on_view: Callable[[], None]
+    ) -> str:
+        """Hands over the job and waits for its end.  Returns the worker's own error, "" when it rendered all."""
+        deadline = time.monotonic() + limit_s
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+        except OSError:
+            raise ObjectFailed(f"Blender ended before the job: {self.last_words()}") from None
+        while True:
+            running = process.poll() is None  # asked before reading: what it wrote before its end is read
+            for result in self.new_results():
+                if "view" not in result:
+                    return str(result.get("error", ""))
+                on_view()
+            if not running:
+                raise ObjectFailed(f"Blender ended with status {process.returncode}: {self.last_words()}")
+            if time.monotonic() > deadline:
+                raise ObjectFailed(f"took longer than object_limit_s={limit_s:g}")
+            time.sleep(0.02)
 
     def new_results(self) -> list[dict[str, Any]]:
         with open(self.results, "rb") as file:
@@ -139,13 +140,14 @@ class BlenderProcess:
         return " | ".join(lines[-3:])[:500] or "it said nothing"
 
     def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            if self.process.stdin is not None:
+        """May be called from another thread than `render`, which then fails."""
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            if process.stdin is not None:
                 with contextlib.suppress(OSError):
-                    self.process.stdin.close()
-            self.process = None
+                    process.stdin.close()
 
     def close(self) -> None:
         self.stop()

@@ -173,6 +173,18 @@ def prepare_scene(resolution, samples):
     return scene, camera
 
 
+def keep_pixels_only(path):
+    """Drops a PNG's text, EXIF and time chunks: Cycles writes how long it took, which differs from run to run."""
+    content = Path(path).read_bytes()
+    kept, position = [content[:8]], 8
+    while position < len(content):
+        length = int.from_bytes(content[position : position + 4], "big") + 12
+        if content[position + 4 : position + 8] in {b"IHDR", b"IDAT", b"IEND"}:
+            kept.append(content[position : position + length])
+        position += length
+    Path(path).write_bytes(b"".join(kept))
+
+
 def render_job(job, report):
     bpy.ops.wm.read_factory_settings(use_empty=True)  # nothing of the object before survives
     bpy.context.preferences.filepaths.use_scripts_auto_execute = False
@@ -186,6 +198,7 @@ def render_job(job, report):
         camera.data.angle = math.radians(view["fov_deg"])
         scene.render.filepath = str(Path(job["folder"]) / view["file"])
         bpy.ops.render.render(write_still=True)
+        keep_pixels_only(scene.render.filepath)
         report({"uid": job["uid"], "view": index})
 
 

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,6 @@ def run_workers(
         waiting.put(asset)
     lock, stop = threading.Lock(), threading.Event()
     failed: dict[str, str] = {}
-    fatal: list[BaseException] = []
     workers = [BlenderProcess(blender) for _ in range(processes)]
 
     def one_view() -> None:
@@ -245,52 +245,45 @@ def run_workers(
         with lock:
             progress.update(1, failed=str(len(failed)))
 
-    def work(worker: BlenderProcess) -> None:
-        while not stop.is_set():
-            try:
-                asset = waiting.get_nowait()
-            except queue.Empty:
+    def one_object(worker: BlenderProcess, asset: Asset) -> None:
+        began, reason = time.monotonic(), ""
+        try:
+            render_object(config, asset, prints[asset.uid], worker, one_view)
+        except ObjectFailed as error:
+            if stop.is_set():
                 return
-            began = time.monotonic()
-            try:
-                render_object(config, asset, prints[asset.uid], worker, one_view)
-                status, reason = "rendered", ""
-            except ObjectFailed as error:
-                status, reason = "failed", str(error)
-            except BaseException as error:  # the disk is full, or a defect of ours: stop everything and say so
-                fatal.append(error)
-                stop.set()
-                return
-            if stop.is_set() and status == "failed":
-                return
-            with lock:
-                if status == "failed":
-                    failed[asset.uid] = reason
-                    say(f"{asset.uid} failed: {reason}")
-                write_ledger(Path(config.out), asset.uid, status, reason, prints[asset.uid], time.monotonic() - began)
+            reason = str(error)
+        with lock:
+            if reason:
+                failed[asset.uid] = reason
+                say(f"{asset.uid} failed: {reason}")
+            write_ledger(Path(config.out), asset.uid, reason, prints[asset.uid], time.monotonic() - began)
 
-    threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)  # short, so that Ctrl-C is heard
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from here")
-        raise SystemExit(130) from None
-    finally:
-        stop.set()
-        for worker in workers:
-            worker.close()
-        for thread in threads:
-            thread.join(5)  # so that what they were writing is removed
-    if fatal:
-        raise fatal[0]
+    def work(worker: BlenderProcess) -> None:
+        try:
+            while not stop.is_set() and not waiting.empty():
+                with contextlib.suppress(queue.Empty):
+                    one_object(worker, waiting.get_nowait())
+        except BaseException:  # the disk is full, or a defect of ours: the others stop too
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(processes) as threads:  # leaving it waits until what they were writing is removed
+        try:
+            for future in [threads.submit(work, worker) for worker in workers]:
+                future.result()
+        except KeyboardInterrupt:
+            say("interrupted; the same command goes on from here")
+            raise SystemExit(130) from None
+        finally:
+            stop.set()
+            for worker in workers:
+                worker.close()
     return failed
 
 
-def write_ledger(out: Path, uid: str, status: str, reason: str, print_: str, seconds: float) -> None:
+def write_ledger(out: Path, uid: str, reason: str, print_: str, seconds: float) -> None:
+    status = "failed" if reason else "rendered"
     line = {"uid": uid, "status": status, "reason": reason, "fingerprint": print_, "seconds": round(seconds, 2)}
     with open(out / LEDGER, "a") as ledger:
         ledger.write(json.dumps(line) + "\n")

@@ -106,7 +106,7 @@ def world_boxes() -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def expected_hit(origin: np.ndarray, direction: np.ndarray) -> int | None:
-    """Which box a ray meets first, by the slab method; None when it meets none, or nearly misses, or nearly meets, one."""
+    """Which box a ray surely meets first, by the slab method; None when it meets none or passes near an edge."""
     points, _, _ = world_boxes()
     nearest = {}
     for number, box in enumerate(points):
