@@ -26,11 +26,13 @@ blender: .venv-blender/.installed
 	@sh demo/install_blender.sh $(PYTHON)
 
 ## make demo      real objects -> renders -> shards -> stage 1 -> stage 2 -> distill -> GLB and report
-demo: system install blender
+demo: system
+	@$(MAKE) --no-print-directory -j2 install blender
 	$(BIN)/python demo/run.py
 
 ## make test      all tests that need no GPU
-test: system install blender
+test: system
+	@$(MAKE) --no-print-directory -j2 install blender
 	$(BIN)/python -m pytest -m "not gpu"
 
 ## make check     lint, types and the fast tests

@@ -68,12 +68,18 @@ def steps(config: DemoConfig, source: str) -> list[Step]:
     ]
 
 
+def values_of(step: Step) -> list[str]:
+    """The YAML that the step's entry point reads, so that an edited value runs the step again."""
+    script = next((part for part in step.command if part.endswith(".py")), "")
+    return [path.read_text() for path in sorted((ROOT / "conf" / Path(script).parent).rglob("*.yaml")) if script]
+
+
 def run_step(step: Step, number: int, total: int, out: Path, before: str) -> str:
     """Runs one command unless it has run with the same inputs; returns the fingerprint for the next.
 
     Raises UserError with the command when it fails.
     """
-    fingerprint = hashlib.sha256(json.dumps([before, step.command[1:]]).encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps([before, step.command[1:], values_of(step)]).encode()).hexdigest()
     done = out / "steps" / f"{step.name}.json"
     record = json.loads(done.read_text()) if done.is_file() else {}
     title = f"[{number}/{total}] {step.name}"

@@ -48,7 +48,8 @@ def sample_views(
                 torch.cat([context, torch.zeros_like(context)]),
                 torch.cat([camera, camera]),
             )
-            output = guide(*both.chunk(2), guidance_scale, guidance_rescale)
+            conditional, unconditional = both.chunk(2)
+            output = guide(conditional, unconditional, guidance_scale, guidance_rescale)
         x = model.scheduler.step(output, t, x, eta=eta, generator=generator).prev_sample
         if on_step is not None:
             on_step(index + 1)

@@ -28,7 +28,7 @@ class Networks:
     """On the meta device."""
 
     unet: nn.Module
-    vae: nn.Module
+    vae: Any
     image_encoder: Any
 
 
@@ -44,7 +44,7 @@ def build(config: TrainConfig) -> Networks:
         unet.enable_gradient_checkpointing()
     weights = config.model.autoencoder.weights
     if weights is not None and Path(weights).is_dir():
-        vae: nn.Module = load_autoencoder(weights).to("meta")
+        vae: Any = load_autoencoder(weights).to("meta")
     else:
         with torch.device("meta"):
             vae = AutoencoderKL(**SD_VAE)

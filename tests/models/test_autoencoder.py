@@ -50,7 +50,7 @@ def test_both_autoencoders_answer_alike(tmp_path) -> None:
             again = [encode_images(loaded, images, noise=noise) for _ in range(2)]
             assert torch.equal(*again)
             decoded = decode_latents(loaded, latents)
-        assert decoded.shape == images.shape and 0 <= decoded.min() and decoded.max() <= 1
+        assert decoded.shape == images.shape and decoded.min() >= 0 and decoded.max() <= 1
 
 
 def test_what_is_no_autoencoder(tmp_path) -> None:

@@ -75,7 +75,7 @@ def test_rescaled_guidance_keeps_the_conditional_spread() -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda f: shutil.rmtree(f), "is not a folder"),
+        (shutil.rmtree, "is not a folder"),
         (lambda f: (f / "isotropic3d.json").unlink(), "not an export of this project"),
         (lambda f: (f / "isotropic3d.json").write_text("{"), "cannot be read"),
         (lambda f: (f / "isotropic3d.json").write_text('{"format": "other"}'), "not of format"),

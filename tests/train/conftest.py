@@ -49,7 +49,7 @@ def draw_views(folder: Path) -> None:
                     "fov_deg": 40.0,
                     "distance": float(distance),
                     "c2w": c2w.tolist(),
-                }  # fmt: skip
+                }
             )
         meta = {"uid": uid, "source": "test", "license": "CC0", "creator": "", "caption": uid, "category": "",
                 "resolution": SIZE, "fingerprint": "", "views": views}  # fmt: skip
