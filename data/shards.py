@@ -163,7 +163,7 @@ def pack(views: Path, out: Path, objects_per_shard: int) -> Manifest:
     A shard whose content is there already is left alone.  The manifest is written last, so a killed pack leaves the
     former set of shards valid or none.
     """
-    folders = sorted(path.parent for path in views.glob("*/meta.json"))
+    folders = sorted(path.parent for path in views.glob("[!.]*/meta.json"))  # not what a killed render left half done
     if not folders:
         raise UserError(f"views={views} holds no <uid>/meta.json; render first with python data/render.py out={views}")
     require_writable(out)
