@@ -10,7 +10,7 @@ class DemoConfig:
     out: str = "runs/demo"  # everything the demo makes
     cache: str = ".cache"  # downloaded objects
     source: str | None = None  # folder or library of objects; null: Debian's sweethome3d-furniture
-    distill: str = "cactus"  # uid of the object to distil
+    distill: str | None = None  # uid of the object to distil; null: one that suits the source
     processes: int = 2  # training processes
     strict: bool = True  # exit non-zero when the result misses the bars
     # More overrides for single steps, for instance stage1='["steps=4"]'.

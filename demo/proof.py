@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from data.shards import decode_image
 from PIL import Image
 from torch import Tensor
 
 from data.files import UserError, atomic_file, read_json, write_json
 from data.progress import Progress
+from data.shards import decode_image
 from data.stream import composite, views_of
 from distill.metrics import psnr
 from distill.snapshot import load_result

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.cli import run
+from data.assets import list_assets
 from data.files import UserError, require_writable, write_json
 from demo.config import DemoConfig
 from demo.objects import fetch_objects
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = [sys.executable]
+LIBRARY_OBJECT = "teddyBear"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1"]
 
 
@@ -33,9 +35,12 @@ class Step:
     command: list[str]
 
 
-def steps(config: DemoConfig, source: str) -> list[Step]:
-    """The commands, in order."""
+def steps(config: DemoConfig, source: Path) -> list[Step]:
+    """The commands, in order.  The demo's own list of names is of the library; a folder is taken whole."""
     out = config.out
+    library = source.suffix == ".sh3f"
+    distill = config.distill or (LIBRARY_OBJECT if library else list_assets(source)[-1].uid)
+    names = [] if library else ["names=[]"]
     launch = [
         *ACCELERATE,
         "--num_processes",
@@ -53,18 +58,29 @@ def steps(config: DemoConfig, source: str) -> list[Step]:
     return [
         Step(
             "render",
-            [*PYTHON, "data/render.py", "experiment=demo", f"source={source}", f"out={out}/views", *config.render],
+            [
+                *PYTHON,
+                "data/render.py",
+                "experiment=demo",
+                f"source={source}",
+                f"out={out}/views",
+                *names,
+                *config.render,
+            ],
         ),
-        Step("pack", [*PYTHON, "data/pack.py", "objects_per_shard=3", f"views={out}/views", f"out={shards}", *config.pack]),
+        Step(
+            "pack",
+            [*PYTHON, "data/pack.py", "objects_per_shard=3", f"views={out}/views", f"out={shards}", *config.pack],
+        ),
         Step("small", [*PYTHON, "models/small.py", f"shards={shards}", f"out={parts}", *config.small]),
         Step("stage1", [*launch, "train/stage1.py", *training, f"out={stage1}", *config.stage1]),
         Step(
             "stage2",
             [*launch, "train/stage2.py", *training, f"out={stage2}", f"init_from={stage1}/export", *config.stage2],
         ),
-        Step("reference", [*PYTHON, "-m", "demo.reference", f"{out}/views/{config.distill}", f"{out}/reference.png"]),
+        Step("reference", [*PYTHON, "-m", "demo.reference", f"{out}/views/{distill}", f"{out}/reference.png"]),
         Step("generate", [*PYTHON, "distill/generate.py", *generate, f"image={out}/reference.png", *config.generate]),
-        Step("proof", [*PYTHON, "-m", "demo.proof", out, config.distill]),
+        Step("proof", [*PYTHON, "-m", "demo.proof", out, distill]),
     ]
 
 
@@ -129,7 +145,7 @@ def main(config: DemoConfig) -> None:
         print(words, flush=True)
     else:
         source = Path(config.source)
-    plan = steps(config, str(source))
+    plan = steps(config, source)
     before = ""
     for number, step in enumerate(plan, 1):
         before = run_step(step, number, len(plan), out, before)

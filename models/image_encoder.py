@@ -105,7 +105,7 @@ def fit_random_tower(
     centres = torch.stack([features[objects == o].mean(dim=0) for o in objects.unique()])
     within = features - centres[torch.unique(objects, return_inverse=True)[1]]
     spread, axes = torch.linalg.eigh(within.T @ within / len(within))
-    spread = 0.8 * spread.clamp(min=0) + 0.2 * spread.mean()
+    spread = 0.95 * spread.clamp(min=0) + 0.05 * spread.mean()
     whiten = axes @ torch.diag(spread.rsqrt()) @ axes.T
     white = (features - mean) @ whiten
     _, singular, basis = torch.linalg.svd(white, full_matrices=True)

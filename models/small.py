@@ -43,8 +43,11 @@ def main(config: SmallConfig) -> None:
     views, references, objects = [], [], []
     for number in range(min(config.max_objects, len(dataset.index))):
         members, meta = dataset.read(number)
-        views += [dataset.image(members, view) for view in views_of(meta, "ring")]
+        ring = [(view, dataset.image(members, view)) for view in views_of(meta, "ring")]
+        views += [image for _, image in ring]
+        # References are front views, and so is half of each ring.
         shown = [dataset.image(members, view) for view in views_of(meta, "reference")]
+        shown += [image for view, image in ring if torch.deg2rad(torch.tensor(view["azimuth_deg"])).cos() >= 0]
         references += shown
         objects += [number] * len(shown)
     if not views or not references:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data.shards import read_manifest
 from diffusers import AutoencoderKL
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.files import UserError
+from data.shards import read_manifest
 from models.autoencoder import SD_VAE, load_autoencoder
 from models.checkpoint import read_info
 from models.image_encoder import build_image_encoder, load_image_encoder_folder
