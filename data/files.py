@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 class UserError(Exception):
     """Something the user can mend: the message names the file or key, the value and the remedy.
@@ -42,9 +44,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         fsync_folder(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in an error of its own
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free space or choose another folder"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -70,9 +72,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             path.rename(old)
         temporary.rename(path)
         fsync_folder(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in an error of its own
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free space or choose another folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -7,7 +7,6 @@ one line per object rendered, rejected or failed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -32,6 +31,7 @@ from data.assets import Asset, list_assets
 from data.blender_pool import WORKER, BlenderProcess, ObjectFailed, check_blender, find_blender
 from data.cameras import framing_distance, orbit_camera
 from data.files import UserError, atomic_folder, read_json, require_writable, write_json
+from data.processes import locked
 from data.progress import Progress
 
 RADIUS = 0.5  # object units: every object is scaled to a bounding sphere of this radius around the origin
@@ -292,11 +292,7 @@ def write_ledger(out: Path, uid: str, reason: str, print_: str, seconds: float) 
 @contextlib.contextmanager
 def only_renderer(out: Path) -> Iterator[None]:
     """Keeps a second renderer out of the folder and removes what an earlier one, killed, left half done."""
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another data/render.py is writing to {out}; wait for it or give another out=") from None
+    with locked(out):
         for pattern in (".*.tmp", ".*.old"):
             for left in out.glob(pattern):
                 shutil.rmtree(left, ignore_errors=True)

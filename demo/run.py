@@ -20,6 +20,7 @@ from pathlib import Path
 from conf.cli import run
 from data.assets import list_assets
 from data.files import UserError, require_writable, write_json
+from data.processes import die_with_parent, locked
 from demo.config import DemoConfig
 from demo.objects import fetch_objects
 
@@ -108,7 +109,7 @@ def run_step(step: Step, number: int, total: int, out: Path, before: str) -> str
     peak_mib = 0.0
     status = -1
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(step.command, cwd=ROOT, env=environment)
+    process = subprocess.Popen(step.command, cwd=ROOT, env=environment, preexec_fn=die_with_parent)  # noqa: PLW1509
     try:
         _, wait_status, usage = os.wait4(process.pid, 0)
         status, peak_mib = os.waitstatus_to_exitcode(wait_status), usage.ru_maxrss / 1024
@@ -139,6 +140,11 @@ def main(config: DemoConfig) -> None:
     out = Path(config.out)
     os.chdir(ROOT)
     require_writable(out, needed_mb=1024)
+    with locked(out):
+        demo(config, out)
+
+
+def demo(config: DemoConfig, out: Path) -> None:
     began = time.monotonic()
     if config.source is None:
         source, words = fetch_objects(Path(config.cache))

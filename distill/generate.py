@@ -7,17 +7,15 @@ was killed goes on when the same command is given again.  Ctrl-C ends the optimi
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from conf.cli import run as run_command
 from data.files import atomic_file, require_writable, write_json
+from data.processes import locked
 from distill.config import GenerateConfig
 from distill.distillation import camera_ranges, choose_device, distil
 from distill.mesh import extract_mesh, save_glb
@@ -29,11 +27,17 @@ from models.image_encoder import embed_image, load_reference_image
 
 def main(config: GenerateConfig) -> None:
     # What can be wrong with the input is found before anything is paid for
-    began, out, checkpoint = time.monotonic(), Path(config.out), Path(config.checkpoint)
     device, dtype = choose_device(config)
-    read_info(checkpoint)
+    read_info(config.checkpoint)
     image = load_reference_image(config.image)
-    require_writable(out, needed_mb=64)
+    require_writable(config.out, needed_mb=64)
+    with locked(Path(config.out)):
+        image_to_mesh(config, image, device, dtype)
+
+
+def image_to_mesh(config: GenerateConfig, image: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """image (3, H, W) in [0, 1]; goes on from the snapshot in `config.out` if there is one."""
+    began, out, checkpoint = time.monotonic(), Path(config.out), Path(config.checkpoint)
     model = load_export(checkpoint, device, dtype)
     run = new_run(config, device)
     mark = identity(config, checkpoint, Path(config.image))

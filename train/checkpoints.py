@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data.files import UserError, fsync_folder, read_json, write_json
@@ -36,6 +37,14 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(named)
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint as rank 0 sees it, so that all ranks load the same.  Every rank must call it."""
+    names = [path.name for path in checkpoint_folders(folder)]
+    newest = [names[-1] if names else ""]
+    dist.broadcast_object_list(newest, src=0)
+    return folder / newest[0] if newest[0] else None
+
+
 def save_checkpoint(folder: Path, engine: Any, average: WeightAverage, state: TrainState, keep: int) -> None:
     """Every rank must call it.  UserError on all ranks when one could not write its part."""
     final = folder / f"step_{state.step:08d}"
@@ -50,7 +59,7 @@ def save_checkpoint(folder: Path, engine: Any, average: WeightAverage, state: Tr
         tensors = {f"{i:05d}": t for i, t in enumerate(average.average) if t is not None}
         save_file(tensors, str(temporary / f"weight_average_rank{engine.global_rank}.safetensors"))
         _sync_files(temporary, owner=engine.global_rank == 0)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         problem = str(error)
     if not all_agree(not problem, engine.device):
         if engine.global_rank == 0:

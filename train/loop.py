@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -15,13 +16,14 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from data.files import UserError, atomic_file, require_writable
+from data.processes import die_with_parent, locked
 from data.progress import Progress
 from data.stream import Batch, ViewDataset, micro_batches
 from models.autoencoder import load_autoencoder
 from models.checkpoint import ExportInfo, MultiViewModel, load_unet, make_scheduler, read_info, save_export
 from models.image_encoder import load_image_encoder
 from models.multiview import build_unet
-from train.checkpoints import TrainState, checkpoint_folders, load_checkpoint, save_checkpoint
+from train.checkpoints import TrainState, checkpoint_folders, load_checkpoint, newest_checkpoint, save_checkpoint
 from train.config import OptimConfig, TrainConfig
 from train.engine import WeightAverage, build_engine, mean_over_ranks, prepare_environment
 from train.monitor import Monitor
@@ -31,6 +33,15 @@ from train.samples import sample_grid
 
 def train(config: TrainConfig) -> None:
     """Trains to `config.steps`, from the newest checkpoint if there is one, and writes `export/`."""
+    with locked(Path(config.out)) if is_main() else contextlib.nullcontext():
+        run_to_the_end(config)
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def run_to_the_end(config: TrainConfig) -> None:
     run = set_up(config)
     if run is None:
         return
@@ -111,7 +122,7 @@ class Run:
 def set_up(config: TrainConfig) -> Run | None:
     """Everything before the first step, cheapest checks first.  None when the run had already ended."""
     folder = Path(config.out)
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = is_main()
     found = checkpoint_folders(folder / "checkpoints")
     if config.resume == "never" and found:
         raise UserError(f"{folder} has checkpoints already and resume=never; choose another name= or out=")
@@ -123,6 +134,7 @@ def set_up(config: TrainConfig) -> Run | None:
         return None
     config.accumulation  # noqa: B018  raises when the batch does not divide
     require_writable(folder, needed_mb=64)
+    die_with_parent()
     dataset = ViewDataset(config.data.shards, config.data.image_size, config.data.num_views, config.seed)
     if config.model.autoencoder.weights is None:
         raise UserError("model.autoencoder.weights is not set; give the vae folder of a diffusers model")
@@ -138,10 +150,11 @@ def set_up(config: TrainConfig) -> Run | None:
     accelerator, engine = build_engine(config, unet)
     average = WeightAverage(engine, config.optim.weight_average_decay)
     state = TrainState()
-    if found:
-        state = load_checkpoint(found[-1], engine, average)
+    newest = newest_checkpoint(folder / "checkpoints")
+    if newest is not None:
+        state = load_checkpoint(newest, engine, average)
         if main:
-            print(f"stage {config.stage}: going on from {found[-1]}", flush=True)
+            print(f"stage {config.stage}: going on from {newest}", flush=True)
     cameras = dataset.manifest.cameras
     scheduler = make_scheduler(config.model.prediction_type, config.model.zero_terminal_snr)
     info = ExportInfo(

@@ -1,0 +1,50 @@
+"""Processes that do not outlive the one that started them, and folders that one process works in at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.files import UserError, require_writable
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def die_with_parent() -> None:
+    """Asks Linux for SIGTERM when the parent ends, however it ends: a killed launcher leaves nobody working."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait_s: float = 45) -> Iterator[None]:
+    """Keeps other processes out of `folder`, until the end of the block or of this process, however it ends.
+
+    Waits a while for a former process that is on its way out; then UserError naming its number.
+    """
+    require_writable(folder)
+    with open(folder / ".lock", "a+") as lock:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    owner = lock.read(32).strip() or "unknown"
+                    raise UserError(
+                        f"{folder} is in use by process {owner}; wait for it or stop it, or choose another out="
+                    ) from None
+                time.sleep(0.5)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
