@@ -18,7 +18,7 @@ install: .venv/.installed
 # System packages: a C++ compiler for DeepSpeed's CPU op and the libraries that Blender links to.
 ## make system    the Debian packages that are missing (apt, as root or through sudo)
 system:
-	@sh demo/system_packages.sh $(BLENDER_PACKAGES)
+	@sh demo/system_packages.sh $(PYTHON) $(BLENDER_PACKAGES)
 
 ## make blender   Blender as a Python module in .venv-blender, unless a blender is on the PATH
 blender: .venv-blender/.installed

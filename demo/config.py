@@ -10,6 +10,11 @@ class DemoConfig:
     out: str = "runs/demo"  # everything the demo makes
     cache: str = ".cache"  # downloaded objects
     source: str | None = None  # folder or library of objects; null: Debian's sweethome3d-furniture
+    objects: list[str] = field(  # of the library: colourful, and unlike each other; another source is taken whole
+        default_factory=lambda: [
+            "motorbike", "cactus", "forkLift", "teddyBear", "cupcake", "kitchenaid", "cartoon_biplane", "coffeeBrewer",
+        ]
+    )  # fmt: skip
     distill: str | None = None  # uid of the object to distil; null: one that suits the source
     processes: int = 2  # training processes
     strict: bool = True  # exit non-zero when the result misses the bars

@@ -2,7 +2,9 @@
 # Blender as a Python module in an environment of its own.  bpy's wheels are for exactly one Python version each.
 set -eu
 wanted=3.11
-if command -v blender >/dev/null 2>&1; then
+# `blender --version` begins with "Blender 4.2.1".
+version=$(blender --version 2>/dev/null | sed -n 's/^Blender \([0-9]*\)\.\([0-9]*\).*/\1 \2/p' | head -n 1)
+if [ -n "$version" ] && [ "$(printf '%d%02d' $version)" -ge 402 ]; then
   mkdir -p .venv-blender && touch .venv-blender/.installed
   echo "using $(command -v blender)"
   exit 0

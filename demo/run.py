@@ -37,11 +37,11 @@ class Step:
 
 
 def steps(config: DemoConfig, source: Path) -> list[Step]:
-    """The commands, in order.  The demo's own list of names is of the library; a folder is taken whole."""
+    """The commands, in order."""
     out = config.out
     library = source.suffix == ".sh3f"
     distill = config.distill or (LIBRARY_OBJECT if library else list_assets(source)[-1].uid)
-    names = [] if library else ["names=[]"]
+    names = [f"names=[{','.join(config.objects)}]"] if library else []
     launch = [
         *ACCELERATE,
         "--num_processes",

@@ -1,9 +1,18 @@
 #!/bin/sh
-# Installs those of the named Debian packages that are missing, and g++ where there is no C++ compiler.
+# system_packages.sh PYTHON PACKAGE...: installs those of the Debian packages that are missing, g++ where there is no C++
+# compiler, and what PYTHON lacks: venv, and the headers that DeepSpeed's CPU op is compiled with.
 # Where apt is not there or not allowed, it says what to install and goes on: the commands that need them will say so too.
 set -u
 missing=""
-command -v g++ >/dev/null 2>&1 || missing="g++"
+python=$1
+shift
+command -v "$python" >/dev/null 2>&1 || missing="python3 python3-venv python3-dev"
+if command -v "$python" >/dev/null 2>&1; then
+  "$python" -c 'import ensurepip' 2>/dev/null || missing="python3-venv"
+  "$python" -c 'import os, sysconfig as s; assert os.path.exists(s.get_path("include") + "/Python.h")' 2>/dev/null ||
+    missing="$missing python3-dev"
+fi
+command -v g++ >/dev/null 2>&1 || missing="$missing g++"
 if command -v dpkg-query >/dev/null 2>&1; then
   for package in "$@"; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q "ok installed" || missing="$missing $package"

@@ -72,7 +72,7 @@ def test_bad_places_are_named(tmp_path: Path) -> None:
         require_writable(tmp_path / "file" / "sub")
     with pytest.raises(UserError, match=r"needs 999999999"):
         require_writable(tmp_path, needed_mb=999_999_999)
-    with pytest.raises(UserError, match="settings: .*nothing.json does not exist"):
+    with pytest.raises(UserError, match=r"settings: .*nothing\.json does not exist"):
         read_json(tmp_path / "nothing.json", "settings")
 
 
