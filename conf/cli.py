@@ -42,7 +42,7 @@ def run(schema: type[T], primary: str, main: Callable[[T], None]) -> None:
             refuse_unknown(cfg, schema)
             main(OmegaConf.to_object(cfg))  # type: ignore[arg-type]
         except UserError as error:
-            _exit(str(error))
+            _exit(str(error).rsplit("UserError: ", 1)[-1].strip())  # a data worker's comes with its traceback
         except (OmegaConfBaseException, ConfigError) as error:
             _exit(_explain(error, schema))
 

@@ -101,7 +101,21 @@ class ViewDataset(Dataset[dict[str, Any]]):
         """Object `number` of the manifest: its members by suffix, and its meta.json."""
         shard, sample = self.index[number]
         members = read_sample(self.folder, shard, sample)
-        return members, json.loads(members["json"])
+        try:
+            meta: dict[str, Any] = json.loads(members["json"])
+            absent = [view["file"] for view in meta["views"] if view["file"] not in members]
+            roles = {view["role"] for view in meta["views"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"shards: {self.folder / shard.name}, object {sample.key}: its metadata is damaged ({error!r}); "
+                "pack the views again"
+            ) from None
+        if absent or not {"ring", "reference"} <= roles:
+            raise UserError(
+                f"shards: {self.folder / shard.name}, object {sample.key}: lacks "
+                f"{', '.join(absent) or 'ring or reference views'}; render and pack it again"
+            )
+        return members, meta
 
     def image(self, members: dict[str, bytes], view: dict[str, Any]) -> Tensor:
         """(3, H, W) in [0, 1], on white."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class DemoConfig:
-    out: str = "runs/demo"  # everything the demo makes
+    out: str = "runs/demo"  # everything the demo makes; relative paths are the repository's
     cache: str = ".cache"  # downloaded objects
     source: str | None = None  # folder or library of objects; null: Debian's sweethome3d-furniture
     objects: list[str] = field(  # of the library: colourful, and unlike each other; another source is taken whole

@@ -88,6 +88,8 @@ def sample_all(checkpoint: Path, truth: Truth, num_views: int, guidance: float, 
     """
     model = load_export(checkpoint)
     total, sets = len(truth.c2w), len(truth.c2w) // num_views
+    if total % num_views:
+        raise UserError(f"{total} posed views do not divide into sets of {num_views}; render with another eval_views")
     sampled = torch.zeros_like(truth.views)
     with torch.no_grad():
         context = embed_image(model.image_encoder, truth.reference)

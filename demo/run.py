@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspe
 class Step:
     name: str
     command: list[str]
+    makes: Path  # file or folder; the demo's own, removed when the step's values have changed
 
 
 def steps(config: DemoConfig, source: Path) -> list[Step]:
@@ -68,20 +70,31 @@ def steps(config: DemoConfig, source: Path) -> list[Step]:
                 *names,
                 *config.render,
             ],
+            Path(out, "views"),
         ),
         Step(
             "pack",
             [*PYTHON, "data/pack.py", "objects_per_shard=3", f"views={out}/views", f"out={shards}", *config.pack],
+            Path(shards),
         ),
-        Step("small", [*PYTHON, "models/small.py", f"shards={shards}", f"out={parts}", *config.small]),
-        Step("stage1", [*launch, "train/stage1.py", *training, f"out={stage1}", *config.stage1]),
+        Step("small", [*PYTHON, "models/small.py", f"shards={shards}", f"out={parts}", *config.small], Path(parts)),
+        Step("stage1", [*launch, "train/stage1.py", *training, f"out={stage1}", *config.stage1], Path(stage1)),
         Step(
             "stage2",
             [*launch, "train/stage2.py", *training, f"out={stage2}", f"init_from={stage1}/export", *config.stage2],
+            Path(stage2),
         ),
-        Step("reference", [*PYTHON, "-m", "demo.reference", f"{out}/views/{distill}", f"{out}/reference.png"]),
-        Step("generate", [*PYTHON, "distill/generate.py", *generate, f"image={out}/reference.png", *config.generate]),
-        Step("proof", [*PYTHON, "-m", "demo.proof", out, distill]),
+        Step(
+            "reference",
+            [*PYTHON, "-m", "demo.reference", f"{out}/views/{distill}", f"{out}/reference.png"],
+            Path(out, "reference.png"),
+        ),
+        Step(
+            "generate",
+            [*PYTHON, "distill/generate.py", *generate, f"image={out}/reference.png", *config.generate],
+            Path(out, "distill"),
+        ),
+        Step("proof", [*PYTHON, "-m", "demo.proof", out, distill], Path(out, "proof.json")),
     ]
 
 
@@ -103,7 +116,11 @@ def run_step(step: Step, number: int, total: int, out: Path, before: str) -> str
     if record.get("fingerprint") == fingerprint and record.get("finished"):
         print(f"{title}: done already ({record['seconds']:.0f} s)", flush=True)
         return fingerprint
-    spent = record.get("seconds", 0.0) if record.get("fingerprint") == fingerprint else 0.0
+    spent = record.get("seconds", 0.0)
+    if record and record["fingerprint"] != fingerprint:
+        print(f"{title}: its values have changed since; {step.makes} is made anew", flush=True)
+        shutil.rmtree(step.makes) if step.makes.is_dir() else step.makes.unlink(missing_ok=True)
+        spent = 0.0
     print(f"{title}: {' '.join(step.command[1:])}", flush=True)
     began = time.monotonic()
     peak_mib = 0.0
@@ -136,6 +153,16 @@ def run_step(step: Step, number: int, total: int, out: Path, before: str) -> str
     return fingerprint
 
 
+def require_all_rendered(config: DemoConfig, source: Path, out: Path) -> None:
+    """One failed object costs a large run nothing, but the demo compares all of its objects."""
+    ledger = out / "views" / "render_ledger.jsonl"
+    latest = {row["uid"]: row for row in map(json.loads, ledger.read_text().splitlines())} if ledger.is_file() else {}
+    failed = [f"{uid} ({row['reason']})" for uid, row in latest.items() if row["status"] != "rendered"]
+    if failed:
+        (out / "steps" / "render.json").unlink(missing_ok=True)
+        raise UserError(f"{source}: not rendered: {', '.join(failed)}; run the demo again to try once more")
+
+
 def main(config: DemoConfig) -> None:
     out = Path(config.out)
     os.chdir(ROOT)
@@ -155,6 +182,8 @@ def demo(config: DemoConfig, out: Path) -> None:
     before = ""
     for number, step in enumerate(plan, 1):
         before = run_step(step, number, len(plan), out, before)
+        if step.name == "render":
+            require_all_rendered(config, source, out)
 
     from demo.report import verdict, write_demo_report
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data.files import UserError, atomic_file
+from data.files import UserError, atomic_file, content_mark
 from distill.config import GenerateConfig
 from distill.field import Field
 from distill.volume import OccupancyGrid
@@ -52,7 +52,7 @@ def identity(config: GenerateConfig, checkpoint: Path, image: Path) -> str:
     """A hash of what the result depends on: settings, the checkpoint (its description and sizes), the picture."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
     weights = [
-        (p.relative_to(checkpoint).as_posix(), p.stat().st_size) for p in sorted(checkpoint.rglob("*.safetensors"))
+        (p.relative_to(checkpoint).as_posix(), content_mark(p)) for p in sorted(checkpoint.rglob("*.safetensors"))
     ]
     info = (checkpoint / "isotropic3d.json").read_text()
     picture = hashlib.sha256(image.read_bytes()).hexdigest()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data.files import UserError, fsync_folder, read_json, write_json
+from data.files import UserError, content_mark, fsync_folder, read_json, write_json
+from train.config import TrainConfig
 from train.engine import WeightAverage, all_agree
 
 FORMAT = "isotropic3d-checkpoint/1"
@@ -29,6 +30,48 @@ FORMAT = "isotropic3d-checkpoint/1"
 class TrainState:
     step: int = 0  # optimizer steps done; with the seed, this is the position in the stream and of all randomness
     seconds: float = 0.0  # training time of all sessions
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """All that the course of a run depends on but its length; a checkpoint is only resumed by a run of the same.
+
+    Dotted keys, so that the first difference can be named.
+    """
+    free = {"name", "out", "resume", "wandb", "cpu", "dry_run", "dry_run_processes", "steps", "keep_checkpoints"}
+    settings = {
+        k: v
+        for k, v in asdict(config).items()
+        if k not in free and not k.startswith(("log_", "sample_", "checkpoint_"))
+    }
+    settings["data"] = settings["data"] | {"workers": None, "shards": None}
+    settings["steps"] = config.steps if config.optim.schedule == "cosine" else None
+    files = {"data.shards": Path(config.data.shards) / "manifest.json"}
+    if config.init_from is not None:
+        files["init_from"] = Path(config.init_from) / "unet" / "diffusion_pytorch_model.safetensors"
+    marks = {name: content_mark(path) for name, path in files.items() if path.is_file()}
+
+    def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        pairs = [flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v} for k, v in value.items()]
+        return {k: v for pair in pairs for k, v in pair.items()}
+
+    return flat(settings) | marks
+
+
+def require_same_run(path: Path, config: TrainConfig) -> None:
+    """UserError naming the first value in which the checkpoint's run differs from this one, or when it is longer."""
+    saved = read_json(path / "state.json", "checkpoint")
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path}: state.json is not of format {FORMAT}")
+    current = identity(config)
+    for key in sorted(current.keys() | saved["identity"].keys()):
+        old, new = saved["identity"].get(key), current.get(key)
+        if old != new:
+            raise UserError(
+                f"{path} was trained with another {key} ({old} then, {new} now); choose another name= or out=, "
+                "or give the former value"
+            )
+    if saved["step"] > config.steps:
+        raise UserError(f"{path} is beyond steps={config.steps}; choose another name= or out=, or more steps")
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -45,8 +88,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return folder / newest[0] if newest[0] else None
 
 
-def save_checkpoint(folder: Path, engine: Any, average: WeightAverage, state: TrainState, keep: int) -> None:
-    """Every rank must call it.  UserError on all ranks when one could not write its part."""
+def save_checkpoint(
+    folder: Path, engine: Any, average: WeightAverage, state: TrainState, keep: int, run: dict[str, Any]
+) -> None:
+    """Every rank must call it; `run` is its `identity`.  UserError on all ranks when one could not write its part."""
     final = folder / f"step_{state.step:08d}"
     temporary = folder / f".step_{state.step:08d}.tmp"
     if engine.global_rank == 0:
@@ -58,7 +103,6 @@ def save_checkpoint(folder: Path, engine: Any, average: WeightAverage, state: Tr
         engine.save_checkpoint(str(temporary), tag="engine", save_latest=False)
         tensors = {f"{i:05d}": t for i, t in enumerate(average.average) if t is not None}
         save_file(tensors, str(temporary / f"weight_average_rank{engine.global_rank}.safetensors"))
-        _sync_files(temporary, owner=engine.global_rank == 0)
     except (OSError, RuntimeError, SafetensorError) as error:
         problem = str(error)
     if not all_agree(not problem, engine.device):
@@ -68,7 +112,12 @@ def save_checkpoint(folder: Path, engine: Any, average: WeightAverage, state: Tr
             f"checkpoint {final} could not be written ({problem or 'another rank failed'}); free disk space and start "
             "again: the run goes on from the checkpoint before it"
         )
+    dist.barrier()  # every rank's files are there, so that rank 0 can bring all of them to the disk
     if engine.global_rank == 0:
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
         write_json(
             temporary / "state.json",
             {
@@ -78,6 +127,7 @@ def save_checkpoint(folder: Path, engine: Any, average: WeightAverage, state: Tr
                 "updates": average.updates,
                 "world_size": engine.world_size,
                 "zero_stage": engine.zero_optimization_stage(),
+                "identity": run,
             },
         )
         shutil.rmtree(final, ignore_errors=True)
@@ -91,8 +141,6 @@ def save_checkpoint(folder: Path, engine: Any, average: WeightAverage, state: Tr
 def load_checkpoint(path: Path, engine: Any, average: WeightAverage) -> TrainState:
     """Puts engine and average into the state saved at `path`.  Every rank must call it."""
     saved = read_json(path / "state.json", "checkpoint")
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise UserError(f"checkpoint {path}: state.json is not of format {FORMAT}")
     for key, current in (("world_size", engine.world_size), ("zero_stage", engine.zero_optimization_stage())):
         if saved[key] != current:
             raise UserError(
@@ -111,12 +159,3 @@ def load_checkpoint(path: Path, engine: Any, average: WeightAverage) -> TrainSta
         raise UserError(f"checkpoint {path} lacks a rank's part; delete it to go on from the one before it")
     average.updates = saved["updates"]
     return TrainState(step=saved["step"], seconds=saved["seconds"])
-
-
-def _sync_files(folder: Path, owner: bool) -> None:
-    if not owner:
-        return
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())

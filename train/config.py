@@ -20,6 +20,10 @@ class DataConfig:
     num_views: int = 4  # equally spaced views of one ring; must divide the ring
     workers: int = 2  # decoding processes a rank; 0 decodes in the training process
 
+    def __post_init__(self) -> None:
+        check(self.workers >= 0, f"data.workers={self.workers} must not be negative")
+        check(self.num_views >= 1, f"data.num_views={self.num_views} must be at least 1")
+
 
 @dataclass
 class ObjectiveConfig:
@@ -129,7 +133,16 @@ class TrainConfig:
         )
         check(self.resume in ("auto", "never"), f"resume={self.resume} must be auto or never")
         check(self.precision in ("auto", "bf16", "fp32"), f"precision={self.precision} must be auto, bf16 or fp32")
-        for name in ("steps", "batch_size", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in (
+            "steps",
+            "batch_size",
+            "micro_batch_size",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "sample_objects",
+            "sample_steps",
+        ):
             value = getattr(self, name)
             check(value >= 1, f"{name}={value} must be at least 1")
         downscale = self.model.autoencoder.downscale

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from data.files import UserError, atomic_file, require_writable
+from data.files import UserError, atomic_file, read_json, require_writable
 from data.processes import die_with_parent, locked
 from data.progress import Progress
 from data.stream import Batch, ViewDataset, micro_batches
@@ -23,7 +23,15 @@ from models.autoencoder import load_autoencoder
 from models.checkpoint import ExportInfo, MultiViewModel, load_unet, make_scheduler, read_info, save_export
 from models.image_encoder import load_image_encoder
 from models.multiview import build_unet
-from train.checkpoints import TrainState, checkpoint_folders, load_checkpoint, newest_checkpoint, save_checkpoint
+from train.checkpoints import (
+    TrainState,
+    checkpoint_folders,
+    identity,
+    load_checkpoint,
+    newest_checkpoint,
+    require_same_run,
+    save_checkpoint,
+)
 from train.config import OptimConfig, TrainConfig
 from train.engine import WeightAverage, build_engine, mean_over_ranks, prepare_environment
 from train.monitor import Monitor
@@ -87,7 +95,7 @@ def run_to_the_end(config: TrainConfig) -> None:
             if last or (config.sample_every and state.step % config.sample_every == 0):
                 sample(run)
             if last or state.step % config.checkpoint_every == 0:
-                save_checkpoint(run.checkpoints, engine, run.average, state, config.keep_checkpoints)
+                save_checkpoint(run.checkpoints, engine, run.average, state, config.keep_checkpoints, identity(config))
     export(run)
     if run.monitor is not None:
         run.monitor.close()
@@ -126,6 +134,8 @@ def set_up(config: TrainConfig) -> Run | None:
     found = checkpoint_folders(folder / "checkpoints")
     if config.resume == "never" and found:
         raise UserError(f"{folder} has checkpoints already and resume=never; choose another name= or out=")
+    if found:
+        require_same_run(found[-1], config)
     if found and found[-1].name == f"step_{config.steps:08d}" and (folder / "export" / "isotropic3d.json").is_file():
         if main:
             print(
@@ -136,11 +146,16 @@ def set_up(config: TrainConfig) -> Run | None:
     require_writable(folder, needed_mb=64)
     die_with_parent()
     dataset = ViewDataset(config.data.shards, config.data.image_size, config.data.num_views, config.seed)
+    _ = dataset[0]  # so that views that do not fit are named before anything is built
     if config.model.autoencoder.weights is None:
         raise UserError("model.autoencoder.weights is not set; give the vae folder of a diffusers model")
     vae = load_autoencoder(config.model.autoencoder.weights)
     image_encoder = load_image_encoder(config.model.image_encoder)
+    require_fitting_parts(config, vae, image_encoder)
     unet = initial_unet(config)
+    # Weights, fp32 masters, Adam's moments and the average; while one is written there is one more than are kept.
+    state_mb = sum(p.numel() for p in unet.parameters()) * 18 // 2**20
+    require_writable(folder, needed_mb=64 + state_mb * (config.keep_checkpoints + 1 - len(found)))
     prepare_environment(config.cpu)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,6 +201,19 @@ def set_up(config: TrainConfig) -> Run | None:
     )
 
 
+def require_fitting_parts(config: TrainConfig, vae: Any, image_encoder: Any) -> None:
+    """UserError when the frozen networks do not fit what `model` says of them."""
+    described, codec = config.model.autoencoder, vae.config
+    downscale = codec.get("patch_size") or 2 ** (len(codec["block_out_channels"]) - 1)
+    for key, said, found in (
+        ("model.autoencoder.latent_channels", described.latent_channels, codec["latent_channels"]),
+        ("model.autoencoder.downscale", described.downscale, downscale),
+        ("model.unet.cross_attention_dim", config.model.unet.cross_attention_dim, image_encoder.config["embed_dim"]),
+    ):
+        if said != found:
+            raise UserError(f"{key}={said}, but the loaded network's is {found}; set {key}={found}, or load another")
+
+
 def empty_unet(config: TrainConfig) -> Any:
     """The architecture without memory; filled when averaged weights are gathered."""
     size = config.data.image_size // config.model.autoencoder.downscale
@@ -195,26 +223,39 @@ def empty_unet(config: TrainConfig) -> Any:
 
 def initial_unet(config: TrainConfig) -> Any:
     """From `init_from`'s export, from `model.unet.weights`, or random, keyed by the seed; in that order."""
-    expected = {name: p.shape for name, p in empty_unet(config).named_parameters()}
+    if config.init_from is None and config.model.unet.weights is None:
+        torch.manual_seed(config.seed)
+        size = config.data.image_size // config.model.autoencoder.downscale
+        unet = build_unet(config.model.unet, config.model.autoencoder.latent_channels, size)
+    else:
+        unet = unet_to_start_from(config)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet.train()
+
+
+def unet_to_start_from(config: TrainConfig) -> Any:
+    """UserError when it is another network, or was trained to predict something else, than `model` says."""
     if config.init_from is not None:
         read_info(config.init_from)
         source, unet = f"init_from={config.init_from}", load_unet(Path(config.init_from) / "unet")
-    elif config.model.unet.weights is not None:
-        source, unet = f"model.unet.weights={config.model.unet.weights}", load_unet(config.model.unet.weights)
+        schedule = read_json(Path(config.init_from) / "scheduler" / "scheduler_config.json", "checkpoint")
+        for key, said, name in (
+            ("prediction_type", config.model.prediction_type, "prediction_type"),
+            ("rescale_betas_zero_snr", config.model.zero_terminal_snr, "zero_terminal_snr"),
+        ):
+            if schedule.get(key) != said:
+                raise UserError(f"{source} was trained with {name}={schedule.get(key)}; set model.{name} to that")
     else:
-        torch.manual_seed(config.seed)
-        size = config.data.image_size // config.model.autoencoder.downscale
-        return build_unet(config.model.unet, config.model.autoencoder.latent_channels, size).train()
-    actual = {name: p.shape for name, p in unet.named_parameters()}
-    differing = sorted(set(expected.items()) ^ set(actual.items()))
+        source, unet = f"model.unet.weights={config.model.unet.weights}", load_unet(str(config.model.unet.weights))
+    expected = {name: p.shape for name, p in empty_unet(config).named_parameters()}
+    differing = sorted(set(expected.items()) ^ {(name, p.shape) for name, p in unet.named_parameters()})
     if differing:
         raise UserError(
             f"{source} is another network than model.unet describes (first difference: {differing[0][0]}); "
             "choose the model configuration that it was trained with"
         )
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet.train()
+    return unet
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -270,6 +311,8 @@ def sample(run: Run) -> None:
     """A grid of sampled views beside the ground truth, drawn by rank 0 while the others wait.  Collective."""
     fill_averaged_weights(run)
     if run.monitor is not None:
+        device = next(run.model.vae.parameters()).device
+        run.model.unet.to(device)  # for the time of the sampling only: the weights in training need the memory
         path = run.folder / "samples" / f"step_{run.state.step:08d}.png"
         psnr = sample_grid(
             run.model,
@@ -280,6 +323,7 @@ def sample(run: Run) -> None:
             run.config.sample_guidance,
             run.config.seed,
         )
+        run.model.unet.to("cpu")
         run.monitor.image(run.state.step, "samples", path, "reference, then sampled views over ground truth")
         run.monitor.log(run.state.step, {"samples/psnr": psnr})
     dist.barrier()
