@@ -113,6 +113,8 @@ def test_killed_and_resumed_equals_undisturbed(quiet, tiny, tmp_path) -> None:
     assert weights_hash(out) == weights_hash(quiet)
     finished = train(tiny, out)
     assert finished.returncode == 0 and "nothing to do" in finished.stdout
+    other = train(tiny, out, "optim.lr=5e-4", processes=1)
+    assert other.returncode == 2 and "was trained with another optim.lr (0.0015 then, 0.0005 now)" in other.stderr
     # A checkpoint is tied to its number of processes until it can be converted; that must be said, not crash.
     (out / "export" / "isotropic3d.json").unlink()
     shutil.rmtree(out / "checkpoints" / "step_00000006")
@@ -142,6 +144,8 @@ def test_stage_2_starts_from_stage_1(quiet, tiny, tmp_path) -> None:
         (["data.shards={tiny}/views"], "has no manifest.json"),
         (["data.num_views=3"], "no 3 equally spaced"),
         (["batch_size=5"], "batch_size=5 does not divide"),
+        (["model.autoencoder.latent_channels=4"], "set model.autoencoder.latent_channels=8"),
+        (["model.prediction_type=epsilon", "model.zero_terminal_snr=false"], "trained with prediction_type=v_pred"),
     ],
 )
 def test_errors_come_before_work(quiet, tiny, tmp_path, overrides, words) -> None:
