@@ -132,7 +132,7 @@ def write_demo_report(out: Path) -> Path:
         "from scratch in two stages; one object was then distilled from the embedding of one picture.\n\n"
         "The model is tiny and has seen only these objects, from other poses and in other pictures than the ones shown "
         "here: this shows that the whole road works, not how well a full-size model generalises. Its image encoder is "
-        "a random network whose last layer was fitted to tell these objects apart, its autoencoder is linear, its views "
+        "a random network whose last layer was fitted to tell these objects apart, its autoencoder is linear, views "
         f"are drawn in {sampling} DDIM steps without guidance, close to the model's mean picture."
     )
     path = out / "report.html"
