@@ -12,7 +12,7 @@ class DemoConfig:
     source: str | None = None  # folder or library of objects; null: Debian's sweethome3d-furniture
     objects: list[str] = field(  # of the library: colourful, and unlike each other; another source is taken whole
         default_factory=lambda: [
-            "motorbike", "cactus", "forkLift", "teddyBear", "cupcake", "kitchenaid", "cartoon_biplane", "coffeeBrewer",
+            "motorbike", "cactus", "forkLift", "teddyBear", "cupcake", "kitchenaid", "cartoon_biplane", "woodToy",
         ]
     )  # fmt: skip
     distill: str | None = None  # uid of the object to distil; null: one that suits the source
