@@ -68,23 +68,3 @@ def tiny(tmp_path_factory) -> Path:
         cwd=ROOT, check=True, timeout=300,
     )  # fmt: skip
     return folder
-
-
-def tiny_overrides(folder: Path) -> list[str]:
-    """The demo's configuration, smaller still."""
-    return [
-        "experiment=demo", f"data.shards={folder}/shards", "data.image_size=32",
-        f"model.autoencoder.weights={folder}/parts/vae", "model.autoencoder.latent_channels=8",
-        f"model.image_encoder.weights={folder}/parts/image_encoder", "model.unet.cross_attention_dim=8",
-        "model.unet.block_out_channels=[32,64]", "model.unet.heads=[1,2]",
-        "batch_size=4", "micro_batch_size=2", "log_every=1", "checkpoint_every=2", "sample_objects=1",
-        "sample_steps=2", "steps=6",
-    ]  # fmt: skip
-
-
-def launch(stage: int, processes: int) -> list[str]:
-    return [
-        sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1",
-        "--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no",
-        f"train/stage{stage}.py",
-    ]  # fmt: skip
