@@ -62,9 +62,9 @@ def require_same_run(path: Path, config: TrainConfig) -> None:
     saved = read_json(path / "state.json", "checkpoint")
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise UserError(f"checkpoint {path}: state.json is not of format {FORMAT}")
-    current = identity(config)
-    for key in sorted(current.keys() | saved["identity"].keys()):
-        old, new = saved["identity"].get(key), current.get(key)
+    current, before = identity(config), saved.get("identity", {})
+    for key in sorted(current.keys() | before.keys()):
+        old, new = before.get(key), current.get(key)
         if old != new:
             raise UserError(
                 f"{path} was trained with another {key} ({old} then, {new} now); choose another name= or out=, "

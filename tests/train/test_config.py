@@ -70,8 +70,8 @@ def command(*overrides: str, stage: int = 1, **environment: str) -> subprocess.C
         (["experiment=demo", "out=/proc/nowhere"], "cannot write"),
     ],
 )
-def test_errors_are_one_line_with_the_remedy(overrides, words) -> None:
-    done = command(*overrides)
+def test_errors_are_one_line_with_the_remedy(overrides, words, tmp_path) -> None:
+    done = command(f"out={tmp_path}/run", *overrides)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
