@@ -71,6 +71,20 @@ def choose_views(meta: dict[str, Any], num_views: int, generator: np.random.Gene
     return [ring[(start + i * stride) % len(ring)] for i in range(num_views)]
 
 
+def require_views(meta: dict[str, Any]) -> None:
+    """ValueError, KeyError or TypeError when meta.json lacks what the stream reads of it, or holds it wrongly."""
+    if not isinstance(meta["uid"], str) or not isinstance(meta["views"], list):
+        raise ValueError("uid must be a string and views a list")
+    for view in meta["views"]:
+        camera = np.asarray(view["c2w"], dtype=np.float64)
+        if camera.shape != (4, 4) or not np.isfinite(camera).all():
+            raise ValueError(f"c2w of {view['file']} is not a finite 4 x 4 matrix")
+        wanted = {"file": str, "role": str} | ({"ring": int, "index": int} if view["role"] == "ring" else {})
+        for key, kind in wanted.items():
+            if not isinstance(view[key], kind):
+                raise ValueError(f"{key}={view[key]!r} of a view is no {kind.__name__}")
+
+
 class ViewDataset(Dataset[dict[str, Any]]):
     """Random access by stream position; opens nothing until asked, so workers can be forked or spawned."""
 
@@ -85,35 +99,42 @@ class ViewDataset(Dataset[dict[str, Any]]):
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.seed, epoch, len(self.index)))
         generator = keyed_generator(self.seed, "views", position)
-        members, meta = self.read(int(self._order[1][offset]))
+        number = int(self._order[1][offset])
+        members, meta = self.read(number)
         views = choose_views(meta, self.num_views, generator)
         references = views_of(meta, "reference")
         reference = references[generator.integers(len(references))]
-        return {
-            "images": torch.stack([self.image(members, view) for view in views]) * 2 - 1,
-            "reference": self.image(members, reference),
-            "c2w": torch.tensor([view["c2w"] for view in views], dtype=torch.float32),
-            "position": position,
-            "key": meta["uid"],
-        }
+        try:
+            return {
+                "images": torch.stack([self.image(members, view) for view in views]) * 2 - 1,
+                "reference": self.image(members, reference),
+                "c2w": torch.tensor([view["c2w"] for view in views], dtype=torch.float32),
+                "position": position,
+                "key": meta["uid"],
+            }
+        except UserError as error:
+            raise UserError(f"{self.where(number)}: {error}; copy the shard again, or pack the views again") from None
+
+    def where(self, number: int) -> str:
+        shard, sample = self.index[number]
+        return f"shards: {self.folder / shard.name}, object {sample.key}"
 
     def read(self, number: int) -> tuple[dict[str, bytes], dict[str, Any]]:
         """Object `number` of the manifest: its members by suffix, and its meta.json."""
-        shard, sample = self.index[number]
-        members = read_sample(self.folder, shard, sample)
+        members = read_sample(self.folder, *self.index[number])
         try:
             meta: dict[str, Any] = json.loads(members["json"])
-            absent = [view["file"] for view in meta["views"] if view["file"] not in members]
-            roles = {view["role"] for view in meta["views"]}
-        except (ValueError, KeyError, TypeError) as error:
+            require_views(meta)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"shards: {self.folder / shard.name}, object {sample.key}: its metadata is damaged ({error!r}); "
-                "pack the views again"
+                f"{self.where(number)}: its metadata is damaged ({error!r}); pack the views again"
             ) from None
+        absent = [view["file"] for view in meta["views"] if view["file"] not in members]
+        roles = {view["role"] for view in meta["views"]}
         if absent or not {"ring", "reference"} <= roles:
             raise UserError(
-                f"shards: {self.folder / shard.name}, object {sample.key}: lacks "
-                f"{', '.join(absent) or 'ring or reference views'}; render and pack it again"
+                f"{self.where(number)}: lacks {', '.join(absent) or 'ring or reference views'}; "
+                "render and pack it again"
             )
         return members, meta
 

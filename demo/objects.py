@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 from data.blender_pool import check_blender, find_blender, script_command
 from data.files import UserError, atomic_file, atomic_folder
+from data.progress import Progress
 
 PACKAGE = "sweethome3d-furniture"
 LIBRARY = "BlendSwap-CC-0.sh3f"
@@ -68,7 +70,7 @@ def download(work: Path) -> Path:
     Package lists of its own need no root and leave the machine's alone; apt checks the archive's signatures either way.
     """
     try:
-        command(["apt-get", "download", PACKAGE], cwd=work)
+        apt_download([], work)
     except NotFetched:
         lists, archives = work / "lists", work / "archives"
         (lists / "partial").mkdir(parents=True)
@@ -77,14 +79,37 @@ def download(work: Path) -> Path:
         if os.geteuid() == 0:
             own.append("-oAPT::Sandbox::User=root")  # the user _apt cannot write here
         command(["apt-get", *own, "update"], cwd=work)
-        command(["apt-get", *own, "download", PACKAGE], cwd=work)
+        apt_download(own, work)
     packages = list(work.glob(f"{PACKAGE}_*.deb"))
     if not packages:
         raise NotFetched("apt-get left no .deb")
     return packages[0]
 
 
-def command(words: list[str], cwd: Path | None = None) -> None:
+def apt_download(options: list[str], work: Path) -> None:
+    """`apt-get download` into `work`, with progress: it grows the .deb in place."""
+    # One line: 'address' filename bytes hash
+    described = command(["apt-get", *options, "download", "--print-uris", PACKAGE], cwd=work).split()
+    megabytes = round(int(described[2]) / 1e6) if len(described) > 2 and described[2].isdigit() else 0
+    finished = threading.Event()
+
+    def watch() -> None:
+        with Progress("downloading", megabytes, "MB", show=megabytes > 0) as progress:
+            while not finished.wait(0.5):
+                here = sum(path.stat().st_size for path in work.glob("*.deb*"))
+                progress.update(min(round(here / 1e6), megabytes) - progress.done)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        command(["apt-get", *options, "download", PACKAGE], cwd=work)
+    finally:
+        finished.set()
+        watcher.join()
+
+
+def command(words: list[str], cwd: Path | None = None) -> str:
+    """What the command printed.  Raises NotFetched with its last line when it fails."""
     try:
         environment = os.environ | {"LC_ALL": "C"}
         done = subprocess.run(
@@ -95,6 +120,7 @@ def command(words: list[str], cwd: Path | None = None) -> None:
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise NotFetched(f"{words[0]} ended with status {done.returncode}: {lines[-1] if lines else 'it said nothing'}")
+    return done.stdout
 
 
 def make_parametric(folder: Path) -> None:

@@ -178,8 +178,9 @@ def distil(run: Run, model: MultiViewModel, context: Tensor, config: GenerateCon
             )
             run.step += 1
             progress.update(1, loss=f"{total.item():.3g}", opacity=f"{facts['opacity']:.3f}")
-            if run.step % config.snapshot_every == 0 or run.step == config.steps or stop.signal:
+            if run.step % config.snapshot_every == 0:
                 save_snapshot(snapshot, run, identity)
+        save_snapshot(snapshot, run, identity)
     return stop.signal
 
 

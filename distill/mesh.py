@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.cameras import camera_rays, orbit_camera
 from data.files import UserError, atomic_file
+from data.progress import Progress
 from distill.config import MeshConfig
 from distill.field import Field
 from distill.volume import OccupancyGrid, query, render
@@ -66,8 +67,12 @@ def density_volume(field: Field, occupancy: OccupancyGrid, resolution: int) -> n
         density[live] = field.density(points[live])
         return density
 
-    planes = (torch.stack(torch.meshgrid(x[None], axis, axis, indexing="ij"), dim=-1).view(-1, 3) for x in axis)
-    slabs = [query(masked, plane) for plane in planes]
+    slabs = []
+    with Progress("density", resolution + 1, "plane") as progress:
+        for x in axis:
+            plane = torch.stack(torch.meshgrid(x[None], axis, axis, indexing="ij"), dim=-1).view(-1, 3)
+            slabs.append(query(masked, plane))
+            progress.update()
     return torch.stack(slabs).view(resolution + 1, resolution + 1, resolution + 1).cpu().numpy()
 
 

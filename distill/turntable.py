@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.cameras import camera_rays, framing_distance, orbit_camera
 from data.files import atomic_file
+from data.progress import Progress
 from distill.config import TurntableConfig
 from distill.field import FieldSamples
 from distill.volume import OccupancyGrid, render
@@ -41,12 +42,15 @@ def render_views(
     device = occupancy.live.device
     fov = torch.as_tensor(fov_deg, dtype=torch.float32).expand(len(c2w))
     origins, directions = (x.reshape(-1, 3) for x in camera_rays(c2w.float().to(device), fov, size, size))
-    parts = []
-    for o, d in zip(*(x.split(RAYS_AT_ONCE[device.type]) for x in (origins, directions)), strict=True):
-        seen = render(field, occupancy, o, d, torch.full((len(o),), 0.5, device=device))
-        length = seen.normal.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-        normal = 1 + seen.opacity[:, None] * ((seen.normal / length + 1) / 2 - 1)
-        parts.append(torch.cat([seen.rgb, normal, seen.opacity[:, None], seen.depth[:, None]], dim=-1).cpu())
+    parts, rays = [], 0
+    with Progress("rendering", len(c2w), "view") as progress:
+        for o, d in zip(*(x.split(RAYS_AT_ONCE[device.type]) for x in (origins, directions)), strict=True):
+            seen = render(field, occupancy, o, d, torch.full((len(o),), 0.5, device=device))
+            length = seen.normal.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+            normal = 1 + seen.opacity[:, None] * ((seen.normal / length + 1) / 2 - 1)
+            parts.append(torch.cat([seen.rgb, normal, seen.opacity[:, None], seen.depth[:, None]], dim=-1).cpu())
+            rays += len(o)
+            progress.update(rays // size**2 - progress.done)
     image = torch.cat(parts).view(len(c2w), size, size, 8).permute(0, 3, 1, 2)
     return Views(image[:, :3].clamp(0, 1), image[:, 3:6].clamp(0, 1), image[:, 6], image[:, 7])
 

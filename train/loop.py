@@ -18,10 +18,11 @@ from omegaconf import OmegaConf
 from data.files import UserError, atomic_file, read_json, require_writable
 from data.processes import die_with_parent, locked
 from data.progress import Progress
+from data.shards import Cameras
 from data.stream import Batch, ViewDataset, micro_batches
 from models.autoencoder import load_autoencoder
 from models.checkpoint import ExportInfo, MultiViewModel, load_unet, make_scheduler, read_info, save_export
-from models.image_encoder import load_image_encoder
+from models.image_encoder import ClipImageEncoder, load_image_encoder
 from models.multiview import build_unet
 from train.checkpoints import (
     TrainState,
@@ -130,34 +131,20 @@ class Run:
 def set_up(config: TrainConfig) -> Run | None:
     """Everything before the first step, cheapest checks first.  None when the run had already ended."""
     folder = Path(config.out)
-    main = is_main()
-    found = checkpoint_folders(folder / "checkpoints")
-    if config.resume == "never" and found:
-        raise UserError(f"{folder} has checkpoints already and resume=never; choose another name= or out=")
-    if found:
-        require_same_run(found[-1], config)
-    if found and found[-1].name == f"step_{config.steps:08d}" and (folder / "export" / "isotropic3d.json").is_file():
-        if main:
-            print(
-                f"stage {config.stage}: {folder}/export is finished at step {config.steps}; nothing to do", flush=True
-            )
+    if finished(config, folder):
+        if is_main():
+            print(f"stage {config.stage}: {folder}/export is finished (step {config.steps}); nothing to do", flush=True)
         return None
     config.accumulation  # noqa: B018  raises when the batch does not divide
     require_writable(folder, needed_mb=64)
     die_with_parent()
     dataset = ViewDataset(config.data.shards, config.data.image_size, config.data.num_views, config.seed)
     _ = dataset[0]  # so that views that do not fit are named before anything is built
-    if config.model.autoencoder.weights is None:
-        raise UserError("model.autoencoder.weights is not set; give the vae folder of a diffusers model")
-    vae = load_autoencoder(config.model.autoencoder.weights)
-    image_encoder = load_image_encoder(config.model.image_encoder)
-    require_fitting_parts(config, vae, image_encoder)
+    vae, image_encoder = frozen_parts(config)
     unet = initial_unet(config)
-    # Weights, fp32 masters, Adam's moments and the average; while one is written there is one more than are kept.
-    state_mb = sum(p.numel() for p in unet.parameters()) * 18 // 2**20
-    require_writable(folder, needed_mb=64 + state_mb * (config.keep_checkpoints + 1 - len(found)))
+    require_space(config, folder, unet)
     prepare_environment(config.cpu)
-    if main:
+    if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / "config.yaml") as temporary:
             temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -168,23 +155,16 @@ def set_up(config: TrainConfig) -> Run | None:
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is not None:
         state = load_checkpoint(newest, engine, average)
-        if main:
+        if is_main():
             print(f"stage {config.stage}: going on from {newest}", flush=True)
-    cameras = dataset.manifest.cameras
-    scheduler = make_scheduler(config.model.prediction_type, config.model.zero_terminal_snr)
-    info = ExportInfo(
-        image_size=config.data.image_size,
-        num_views=config.data.num_views,
-        elevation_deg=cameras.elevation_deg,
-        fov_deg=cameras.fov_deg,
-        framing=cameras.framing,
-        stage=config.stage,
-        step=state.step,
-    )
-    world, rank = engine.world_size, engine.global_rank
     model = MultiViewModel(
-        empty_unet(config), vae.to(accelerator.device), image_encoder.to(accelerator.device), scheduler, info
+        empty_unet(config),
+        vae.to(accelerator.device),
+        image_encoder.to(accelerator.device),
+        make_scheduler(config.model.prediction_type, config.model.zero_terminal_snr),
+        export_info(config, dataset.manifest.cameras),
     )
+    batch, micro, world, rank = config.batch_size, config.micro_batch_size, engine.world_size, engine.global_rank
     return Run(
         config=config,
         folder=folder,
@@ -192,13 +172,52 @@ def set_up(config: TrainConfig) -> Run | None:
         encoders=Encoders(model.vae, model.image_encoder),
         model=model,
         dataset=dataset,
-        batches=micro_batches(
-            dataset, config.batch_size, config.micro_batch_size, rank, world, state.step, config.data.workers
-        ),
+        batches=micro_batches(dataset, batch, micro, rank, world, state.step, config.data.workers),
         average=average,
         state=state,
-        monitor=Monitor(config, folder, state.step) if main else None,
+        monitor=Monitor(config, folder, state.step) if is_main() else None,
     )
+
+
+def finished(config: TrainConfig, folder: Path) -> bool:
+    """Whether `folder` holds this run's last checkpoint and export.  UserError when it holds another run's."""
+    found = checkpoint_folders(folder / "checkpoints")
+    if config.resume == "never" and found:
+        raise UserError(f"{folder} has checkpoints already and resume=never; choose another name= or out=")
+    if not found:
+        return False
+    require_same_run(found[-1], config)
+    return found[-1].name == f"step_{config.steps:08d}" and (folder / "export" / "isotropic3d.json").is_file()
+
+
+def require_space(config: TrainConfig, folder: Path, unet: Any) -> None:
+    """UserError when the disk cannot hold the checkpoints that are still to come."""
+    # Weights, fp32 masters, Adam's moments and the average; while one is written there is one more than are kept.
+    state_mb = sum(p.numel() for p in unet.parameters()) * 18 // 2**20
+    to_come = config.keep_checkpoints + 1 - len(checkpoint_folders(folder / "checkpoints"))
+    require_writable(folder, needed_mb=64 + state_mb * to_come)
+
+
+def export_info(config: TrainConfig, cameras: Cameras) -> ExportInfo:
+    return ExportInfo(
+        image_size=config.data.image_size,
+        num_views=config.data.num_views,
+        elevation_deg=cameras.elevation_deg,
+        fov_deg=cameras.fov_deg,
+        framing=cameras.framing,
+        stage=config.stage,
+        step=0,  # set when the weights are gathered
+    )
+
+
+def frozen_parts(config: TrainConfig) -> tuple[Any, ClipImageEncoder]:
+    """Autoencoder and image encoder.  UserError when they are not there or do not fit what `model` says of them."""
+    if config.model.autoencoder.weights is None:
+        raise UserError("model.autoencoder.weights is not set; give the vae folder of a diffusers model")
+    vae = load_autoencoder(config.model.autoencoder.weights)
+    image_encoder = load_image_encoder(config.model.image_encoder)
+    require_fitting_parts(config, vae, image_encoder)
+    return vae, image_encoder
 
 
 def require_fitting_parts(config: TrainConfig, vae: Any, image_encoder: Any) -> None:

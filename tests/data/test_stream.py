@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -111,3 +113,26 @@ def test_views_are_equally_spaced_and_of_one_ring() -> None:
     assert len(seen) > 30, "every ring and start is drawn"
     with pytest.raises(UserError, match="no 5 equally spaced"):
         choose_views({"uid": "a", "views": views}, 5, keyed_generator(0, "t", 0))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda b: b.replace(b"IDAT", b"IDAX"), "is not a PNG or WebP picture"),
+        (lambda b: b.replace(b'"c2w"', b'"c2v"'), "its metadata is damaged"),
+        (lambda b: b.replace(b"[1.0, 0.0, 0.0, 0.0]", b"[ NaN,0.0, 0.0, 0.0]"), "is not a finite 4 x 4 matrix"),
+        (lambda b: b.replace(b'"role": "ring"', b'"role": 123456'), "is no str"),
+        (lambda b: b.replace(b'{"resolution"', b'["resolution"'), "its metadata is damaged"),
+    ],
+)
+def test_damage_inside_a_sample_names_shard_and_object(shards: Path, tmp_path: Path, spoil, words: str) -> None:
+    """The same sizes, so that only reading finds it."""
+    shutil.copytree(shards, tmp_path / "shards")
+    for path in (tmp_path / "shards").glob("*.tar"):
+        content = path.read_bytes()
+        spoilt = spoil(content)
+        assert spoilt != content and len(spoilt) == len(content)
+        path.write_bytes(spoilt)
+    dataset = ViewDataset(tmp_path / "shards", image_size=8, num_views=4, seed=0)
+    with pytest.raises(UserError, match=rf"shards: .*shard-00000\d\.tar, object o\d: .*{re.escape(words)}"):
+        _ = dataset[0]

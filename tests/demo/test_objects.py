@@ -16,6 +16,7 @@ from demo.objects import LIBRARY, MAKERS, PACKAGE, fetch_objects
 UNPACK = (
     f'mkdir -p "$3/usr/share/sweethome3d/furniture" && echo library > "$3/usr/share/sweethome3d/furniture/{LIBRARY}"'
 )
+URI = f"\\'http://archive/{PACKAGE}_1_all.deb\\' {PACKAGE}_1_all.deb 2000000 SHA256:00"
 
 
 @pytest.fixture
@@ -38,24 +39,26 @@ def calls(folder: Path) -> list[str]:
 
 
 def test_the_library_is_downloaded_once_and_nothing_is_installed(programs: Path, tmp_path: Path) -> None:
-    program(programs, "apt-get", f"touch {PACKAGE}_1.8-1_all.deb")
+    program(programs, "apt-get", f'case "$*" in *--print-uris*) echo {URI};; *) touch {PACKAGE}_1.8-1_all.deb;; esac')
     program(programs, "dpkg-deb", UNPACK)
     source, words = fetch_objects(tmp_path / "cache")
     assert source == tmp_path / "cache" / LIBRARY and source.read_text() == "library\n" and "CC0" in words
     assert fetch_objects(tmp_path / "cache")[0] == source
-    assert calls(programs)[0] == f"apt-get download {PACKAGE}" and len(calls(programs)) == 2
+    size, download, unpack = calls(programs)
+    assert size == f"apt-get download --print-uris {PACKAGE}" and download == f"apt-get download {PACKAGE}"
+    assert unpack.startswith("dpkg-deb -x ")
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [LIBRARY]
 
 
 def test_package_lists_are_fetched_beside_the_machine_s_own(programs: Path, tmp_path: Path) -> None:
-    known = f"touch {PACKAGE}_1_all.deb"
-    program(programs, "apt-get", f'case "$*" in *update*) exit 0;; *State*) {known};; *) exit 100;; esac')
+    known = f"*State*--print-uris*) echo {URI};; *State*) touch {PACKAGE}_1_all.deb;;"
+    program(programs, "apt-get", f'case "$*" in *update*) exit 0;; {known} *) exit 100;; esac')
     program(programs, "dpkg-deb", UNPACK)
     fetch_objects(tmp_path / "cache")
-    first, update, again, _ = calls(programs)
-    assert first == f"apt-get download {PACKAGE}"
+    first, update, size, again, _ = calls(programs)
+    assert first == f"apt-get download --print-uris {PACKAGE}"
     assert "Dir::State::lists=" in update and update.endswith(" update")
-    assert "Dir::State::lists=" in again and again.endswith(f" download {PACKAGE}")
+    assert "Dir::State::lists=" in size and "Dir::State::lists=" in again and again.endswith(f" download {PACKAGE}")
 
 
 @pytest.mark.parametrize("lacks", ["apt-get", "network", "library"])
