@@ -24,6 +24,7 @@ from train.config import TrainConfig
 from train.engine import WeightAverage, all_agree
 
 FORMAT = "isotropic3d-checkpoint/1"
+STATE_BYTES = 18  # a parameter: weight in bf16, and in fp32 its master, Adam's two moments and the running average
 
 
 @dataclass
@@ -91,27 +92,28 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def save_checkpoint(
     folder: Path, engine: Any, average: WeightAverage, state: TrainState, keep: int, run: dict[str, Any]
 ) -> None:
-    """Every rank must call it; `run` is its `identity`.  UserError on all ranks when one could not write its part."""
+    """Every rank must call it; `run` is its `identity`.  UserError when it cannot be written."""
     final = folder / f"step_{state.step:08d}"
     temporary = folder / f".step_{state.step:08d}.tmp"
+    remedy = "free disk space and start again: the run goes on from the checkpoint before it"
+    megabytes = sum(parameter.numel() for parameter in engine.module.parameters()) * STATE_BYTES // 2**20
+    free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free // 2**20
+    if not all_agree(free > megabytes, engine.device):  # while all ranks can still say so
+        raise UserError(f"checkpoint {final} needs about {megabytes} MiB and {free} MiB are free; {remedy}")
     if engine.global_rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    problem = ""
     try:
         engine.save_checkpoint(str(temporary), tag="engine", save_latest=False)
         tensors = {f"{i:05d}": t for i, t in enumerate(average.average) if t is not None}
         save_file(tensors, str(temporary / f"weight_average_rank{engine.global_rank}.safetensors"))
     except (OSError, RuntimeError, SafetensorError) as error:
-        problem = str(error)
-    if not all_agree(not problem, engine.device):
-        if engine.global_rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+        # The others wait inside DeepSpeed's save, where no vote reaches them: this rank ends, and the launcher them.
+        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"checkpoint {final} could not be written ({problem or 'another rank failed'}); free disk space and start "
-            "again: the run goes on from the checkpoint before it"
-        )
+            f"checkpoint {final} could not be written by rank {engine.global_rank} ({error}); {remedy}"
+        ) from None
     dist.barrier()  # every rank's files are there, so that rank 0 can bring all of them to the disk
     if engine.global_rank == 0:
         for file in temporary.rglob("*"):

@@ -25,6 +25,7 @@ from models.checkpoint import ExportInfo, MultiViewModel, load_unet, make_schedu
 from models.image_encoder import ClipImageEncoder, load_image_encoder
 from models.multiview import build_unet
 from train.checkpoints import (
+    STATE_BYTES,
     TrainState,
     checkpoint_folders,
     identity,
@@ -192,8 +193,8 @@ def finished(config: TrainConfig, folder: Path) -> bool:
 
 def require_space(config: TrainConfig, folder: Path, unet: Any) -> None:
     """UserError when the disk cannot hold the checkpoints that are still to come."""
-    # Weights, fp32 masters, Adam's moments and the average; while one is written there is one more than are kept.
-    state_mb = sum(p.numel() for p in unet.parameters()) * 18 // 2**20
+    state_mb = sum(p.numel() for p in unet.parameters()) * STATE_BYTES // 2**20
+    # While one is written there is one more than are kept.
     to_come = config.keep_checkpoints + 1 - len(checkpoint_folders(folder / "checkpoints"))
     require_writable(folder, needed_mb=64 + state_mb * to_come)
 

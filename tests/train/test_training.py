@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -140,22 +141,29 @@ def test_wandb_holds_every_step_once(quiet) -> None:
     assert list((path.parent / "files" / "media" / "images").glob("samples_*.png"))
 
 
-def test_killed_and_resumed_equals_undisturbed(quiet, tiny, tmp_path) -> None:
-    """SIGKILL of a random rank after the first checkpoint; the same command goes on to the very same weights."""
-    out = tmp_path / "stage1"
+def start(tiny: Path, out: Path, log: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """The launcher and its two ranks, as soon as the first checkpoint is there."""
     process = subprocess.Popen(
         [*launch(1, 2), *tiny_overrides(tiny), f"out={out}"],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log.open("w"), text=True, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 400
     while not (out / "checkpoints" / "step_00000002").is_dir():
-        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint appeared"
+        assert time.monotonic() < deadline and process.poll() is None, f"no checkpoint appeared\n{log.read_text()}"
         time.sleep(0.05)
-    ranks = subprocess.run(
+    found = subprocess.run(
         ["pgrep", "-P", str(process.pid), "-f", "train/stage1.py"], capture_output=True, text=True, check=True
-    ).stdout.split()
+    )
+    ranks = [int(pid) for pid in found.stdout.split()]
     assert len(ranks) == 2
-    os.kill(int(random.choice(ranks)), signal.SIGKILL)
+    return process, ranks
+
+
+def test_killed_and_resumed_equals_undisturbed(quiet, tiny, tmp_path) -> None:
+    """SIGKILL of a random rank after the first checkpoint; the same command goes on to the very same weights."""
+    out = tmp_path / "stage1"
+    process, ranks = start(tiny, out, tmp_path / "log")
+    os.kill(random.choice(ranks), signal.SIGKILL)
     process.wait(timeout=120)
     assert process.returncode != 0
     again = train(tiny, out)
@@ -173,6 +181,20 @@ def test_killed_and_resumed_equals_undisturbed(quiet, tiny, tmp_path) -> None:
     shutil.rmtree(out / "checkpoints" / "step_00000006")
     alone = train(tiny, out, processes=1)
     assert alone.returncode == 2 and "saved with world_size=2 and this run has 1" in alone.stderr
+
+
+def test_a_rank_that_cannot_write_ends_the_run_and_keeps_the_last_checkpoint(tiny, tmp_path) -> None:
+    """As on a full disk that only one rank meets, in the middle of DeepSpeed's own save."""
+    out = tmp_path / "stage1"
+    process, ranks = start(tiny, out, tmp_path / "log")
+    resource.prlimit(random.choice(ranks), resource.RLIMIT_FSIZE, (100_000, 100_000))
+    process.wait(timeout=120)
+    words = (tmp_path / "log").read_text()
+    assert process.returncode != 0
+    assert re.search(r"error: checkpoint .*step_0000000[46] could not be written by rank [01] .*free disk space", words)
+    names = {p.name for p in (out / "checkpoints").iterdir()}
+    assert names & {"step_00000002", "step_00000004"} and "step_00000006" not in names
+    assert not (out / "export").exists()
 
 
 def test_stage_2_starts_from_stage_1(quiet, tiny, tmp_path) -> None:
