@@ -4,74 +4,16 @@ Writes into `out`: config.yaml, snapshot/, mesh.glb, turntable.mp4, views.png, l
 was killed goes on when the same command is given again.  Ctrl-C ends the optimisation and still makes the mesh.
 """
 
-from __future__ import annotations
-
-import signal
-import time
-from pathlib import Path
-
-import torch
-from omegaconf import OmegaConf
-
-from conf.cli import run as run_command
-from data.files import atomic_file, require_writable, write_json
-from data.processes import locked
+from conf.cli import run
 from distill.config import GenerateConfig
-from distill.distillation import camera_ranges, choose_device, distil
-from distill.mesh import extract_mesh, save_glb
-from distill.snapshot import FILE, identity, load_snapshot, new_run
-from distill.turntable import save_turntable
-from models.checkpoint import load_export, read_info
-from models.image_encoder import embed_image, load_reference_image
 
 
 def main(config: GenerateConfig) -> None:
-    # What can be wrong with the input is found before anything is paid for
-    device, dtype = choose_device(config)
-    read_info(config.checkpoint)
-    image = load_reference_image(config.image)
-    require_writable(config.out, needed_mb=64)
-    with locked(Path(config.out)):
-        image_to_mesh(config, image, device, dtype)
+    # Imported here, so that --help and a wrong configuration do not wait for diffusers.
+    from distill.image_to_mesh import image_to_mesh
 
-
-def image_to_mesh(config: GenerateConfig, image: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    """image (3, H, W) in [0, 1]; goes on from the snapshot in `config.out` if there is one."""
-    began, out, checkpoint = time.monotonic(), Path(config.out), Path(config.checkpoint)
-    model = load_export(checkpoint, device, dtype)
-    run = new_run(config, device)
-    mark = identity(config, checkpoint, Path(config.image))
-    continued = load_snapshot(out / FILE, run, mark)
-    with atomic_file(out / "config.yaml") as temporary:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-
-    # The picture becomes its embedding, and is not needed again
-    with torch.no_grad():
-        context = embed_image(model.image_encoder, image[None]).to(device)
-    del image
-    ready, first = time.monotonic(), run.step
-
-    stopped_by = distil(run, model, context, config, mark)
-    write_json(out / "losses.json", run.losses)
-    distilled = time.monotonic()
-    if stopped_by in (signal.SIGTERM, signal.SIGUSR1):
-        raise SystemExit(128 + stopped_by)  # asked to leave the machine: the snapshot goes on elsewhere
-
-    mesh, facts = extract_mesh(run.field, run.occupancy, config.mesh)
-    save_glb(out / "mesh.glb", mesh)
-    meshed = time.monotonic()
-    save_turntable(out, run.field, run.occupancy, camera_ranges(config, model.info).middle, config.turntable)
-    seconds = {
-        "load": ready - began,
-        "distil": distilled - ready,
-        "per_step": (distilled - ready) / max(run.step - first, 1),
-        "mesh": meshed - distilled,
-        "turntable": time.monotonic() - meshed,
-    }
-    about = {"steps": run.step, "of": config.steps, "continued": continued, "device": str(device), "dtype": str(dtype)}
-    write_json(out / "result.json", about | {"mesh": facts, "seconds": {k: round(v, 3) for k, v in seconds.items()}})
-    print(f"{out / 'mesh.glb'}: {facts['vertices']} vertices, {facts['faces']} faces; {run.step} steps")
+    image_to_mesh(config)
 
 
 if __name__ == "__main__":
-    run_command(GenerateConfig, "distill/generate", main)
+    run(GenerateConfig, "distill/generate", main)

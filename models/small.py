@@ -9,13 +9,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from conf.cli import check, run
 from data.files import UserError, atomic_folder, require_writable
-from data.stream import ViewDataset, views_of
-from models.autoencoder import decode_latents, encode_images, fit_patch_codec
-from models.image_encoder import fit_random_tower
+from data.progress import Progress
 
 
 @dataclass
@@ -37,19 +33,29 @@ class SmallConfig:
 
 
 def main(config: SmallConfig) -> None:
+    # Imported here, so that --help and a wrong configuration do not wait for them.
+    import torch
+
+    from data.stream import ViewDataset, views_of
+    from models.autoencoder import decode_latents, encode_images, fit_patch_codec
+    from models.image_encoder import fit_random_tower
+
     out = Path(config.out)
     require_writable(out)
     dataset = ViewDataset(config.shards, config.image_size, 1, config.seed)
     views, references, objects = [], [], []
-    for number in range(min(config.max_objects, len(dataset.index))):
-        members, meta = dataset.read(number)
-        ring = [(view, dataset.image(members, view)) for view in views_of(meta, "ring")]
-        views += [image for _, image in ring]
-        # References are front views, and so is half of each ring.
-        shown = [dataset.image(members, view) for view in views_of(meta, "reference")]
-        shown += [image for view, image in ring if torch.deg2rad(torch.tensor(view["azimuth_deg"])).cos() >= 0]
-        references += shown
-        objects += [number] * len(shown)
+    count = min(config.max_objects, len(dataset.index))
+    with Progress("reading", count, "object") as progress:
+        for number in range(count):
+            members, meta = dataset.read(number)
+            ring = [(view, dataset.image(members, view)) for view in views_of(meta, "ring")]
+            views += [image for _, image in ring]
+            # References are front views, and so is half of each ring.
+            shown = [dataset.image(members, view) for view in views_of(meta, "reference")]
+            shown += [image for view, image in ring if torch.deg2rad(torch.tensor(view["azimuth_deg"])).cos() >= 0]
+            references += shown
+            objects += [number] * len(shown)
+            progress.update()
     if not views or not references:
         raise UserError(f"{config.shards}: its objects have no ring views or no reference views; render them again")
     images = torch.stack(views) * 2 - 1

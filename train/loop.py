@@ -136,8 +136,6 @@ def set_up(config: TrainConfig) -> Run | None:
         if is_main():
             print(f"stage {config.stage}: {folder}/export is finished (step {config.steps}); nothing to do", flush=True)
         return None
-    config.accumulation  # noqa: B018  raises when the batch does not divide
-    require_writable(folder, needed_mb=64)
     die_with_parent()
     dataset = ViewDataset(config.data.shards, config.data.image_size, config.data.num_views, config.seed)
     _ = dataset[0]  # so that views that do not fit are named before anything is built

@@ -1,6 +1,7 @@
 """What `train/stage1.py` and `train/stage2.py` do: compose the configuration, then plan or train."""
 
 from conf.cli import run
+from data.files import require_writable
 from train.config import TrainConfig
 
 
@@ -10,12 +11,17 @@ def start(primary: str) -> None:
 
 
 def plan_or_train(config: TrainConfig) -> None:
-    # Imported here, so that --help and a wrong configuration do not wait for torch.
+    # Imports stand here, so that --help and wrong values do not wait for torch and diffusers.
     if config.dry_run:
         from train.dry_run import dry_run
 
         dry_run(config)
     else:
+        config.accumulation  # noqa: B018  raises when the batch does not divide
+        require_writable(config.out, needed_mb=64)
+        from data.shards import read_manifest
+
+        read_manifest(config.data.shards)
         from train.loop import train
 
         train(config)
