@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data.files import UserError
 
 T = TypeVar("T")
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 CONF = str(Path(__file__).resolve().parent)
 # Runs keep their own config.yaml in their own folder; Hydra is to make no folder and no log file beside it.
 QUIET = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
@@ -45,6 +48,10 @@ def run(schema: type[T], primary: str, main: Callable[[T], None]) -> None:
             _exit(str(error).rsplit("UserError: ", 1)[-1].strip())  # a data worker's comes with its traceback
         except (OmegaConfBaseException, ConfigError) as error:
             _exit(_explain(error, schema))
+        except OSError as error:
+            if error.errno not in STORAGE_ERRORS:
+                raise
+            _exit(f"cannot write {error.filename or 'a file'}: {error.strerror}; free space or choose another folder")
 
     try:
         hydra.main(version_base="1.3", config_path=f"{CONF}/{folder}", config_name=name)(composed)()
@@ -76,6 +83,8 @@ def refuse_unknown(cfg: DictConfig, schema: Any) -> None:
 
 
 def _exit(message: str) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # what all ranks meet, rank 0 says; the launcher ends the others meanwhile
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 

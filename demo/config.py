@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from conf.cli import check
+
 
 @dataclass
 class DemoConfig:
@@ -17,6 +19,7 @@ class DemoConfig:
     )  # fmt: skip
     distill: str | None = None  # uid of the object to distil; null: one that suits the source
     processes: int = 2  # training processes
+    cpu: bool = True  # train on the CPU, so that two processes fit any machine; false: one process a GPU
     strict: bool = True  # exit non-zero when the result misses the bars
     # More overrides for single steps, for instance stage1='["steps=4"]'.
     render: list[str] = field(default_factory=list)
@@ -25,3 +28,6 @@ class DemoConfig:
     stage1: list[str] = field(default_factory=list)
     stage2: list[str] = field(default_factory=list)
     generate: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check(self.processes >= 1, f"processes={self.processes} must be at least 1")

@@ -13,7 +13,7 @@ for python in "$1" python$wanted; do
   if command -v "$python" >/dev/null 2>&1 &&
     [ "$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = $wanted ]; then
     "$python" -m venv .venv-blender
-    .venv-blender/bin/python -m pip install --disable-pip-version-check -q -r constraints-blender.txt
+    .venv-blender/bin/python -m pip install --disable-pip-version-check -r constraints-blender.txt
     touch .venv-blender/.installed
     exit 0
   fi

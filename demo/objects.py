@@ -28,11 +28,13 @@ def fetch_objects(cache: Path) -> tuple[Path, str]:
     library = cache / LIBRARY
     if library.is_file():
         return library, f"objects: {library}, from Debian's {PACKAGE} (CC0), fetched before"
+    folder = cache / "parametric"
+    if all((folder / f"{name}.glb").is_file() for name in MAKERS):
+        return folder, f"objects: {len(MAKERS)} parametric ones, made before; remove {folder} to try {PACKAGE} again"
     try:
         fetch_library(library)
         return library, f"objects: {library}, from Debian's {PACKAGE} (CC0)"
     except NotFetched as reason:
-        folder = cache / "parametric"
         make_parametric(folder)
         return (
             folder,

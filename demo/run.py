@@ -41,13 +41,15 @@ class Step:
 def steps(config: DemoConfig, source: Path) -> list[Step]:
     """The commands, in order."""
     out = config.out
-    library = source.suffix == ".sh3f"
-    distill = config.distill or (LIBRARY_OBJECT if library else list_assets(source)[-1].uid)
-    names = [f"names=[{','.join(config.objects)}]"] if library else []
+    chosen = config.source is None and source.suffix == ".sh3f"  # another source is taken whole
+    distill = config.distill or (LIBRARY_OBJECT if chosen else list_assets(source)[-1].uid)
+    names = [f"names=[{','.join(config.objects)}]"] if chosen else []
     launch = [
         *ACCELERATE,
         "--num_processes",
         str(config.processes),
+        "--num_cpu_threads_per_process",
+        str(max((os.cpu_count() or 1) // config.processes, 1)),
         "--mixed_precision",
         "no",
         "--dynamo_backend",
@@ -55,7 +57,7 @@ def steps(config: DemoConfig, source: Path) -> list[Step]:
     ]
     shards, parts = f"{out}/shards", f"{out}/parts"
     weights = [f"model.autoencoder.weights={parts}/vae", f"model.image_encoder.weights={parts}/image_encoder"]
-    training = ["experiment=demo", f"data.shards={shards}", *weights]
+    training = ["experiment=demo", f"cpu={str(config.cpu).lower()}", f"data.shards={shards}", *weights]
     stage1, stage2 = f"{out}/stage1", f"{out}/stage2"
     generate = ["experiment=demo", f"checkpoint={stage2}/export", f"out={out}/distill"]
     return [
@@ -113,7 +115,7 @@ def run_step(step: Step, number: int, total: int, out: Path, before: str) -> str
     done = out / "steps" / f"{step.name}.json"
     record = json.loads(done.read_text()) if done.is_file() else {}
     title = f"[{number}/{total}] {step.name}"
-    if record.get("fingerprint") == fingerprint and record.get("finished"):
+    if record.get("fingerprint") == fingerprint and record.get("finished") and step.makes.exists():
         print(f"{title}: done already ({record['seconds']:.0f} s)", flush=True)
         return fingerprint
     spent = record.get("seconds", 0.0)
@@ -125,8 +127,7 @@ def run_step(step: Step, number: int, total: int, out: Path, before: str) -> str
     began = time.monotonic()
     peak_mib = 0.0
     status = -1
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(step.command, cwd=ROOT, env=environment, preexec_fn=die_with_parent)  # noqa: PLW1509
+    process = subprocess.Popen(step.command, cwd=ROOT, preexec_fn=die_with_parent)  # noqa: PLW1509
     try:
         _, wait_status, usage = os.wait4(process.pid, 0)
         status, peak_mib = os.waitstatus_to_exitcode(wait_status), usage.ru_maxrss / 1024

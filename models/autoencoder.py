@@ -18,7 +18,8 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from data.files import UserError, read_json
+from data.files import UserError
+from models.folders import class_name, load_network
 
 # stabilityai/stable-diffusion-2-1-base, vae/config.json: what a dry run builds without weights.
 SD_VAE = {
@@ -85,16 +86,15 @@ def fit_patch_codec(images: Tensor, patch_size: int, latent_channels: int) -> Pa
 
 def load_autoencoder(folder: str | Path) -> AutoencoderKL | PatchCodec:
     """The autoencoder in a diffusers folder, frozen, in fp32.  UserError when it is not one."""
-    config = read_json(Path(folder) / "config.json", "autoencoder")
-    kinds: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "PatchCodec": PatchCodec}
-    name = config.get("_class_name") if isinstance(config, dict) else None
+    return load_network(autoencoder_kind(folder), folder, "autoencoder").requires_grad_(False).eval()
+
+
+def autoencoder_kind(folder: str | Path) -> Any:
+    kinds: dict[str | None, Any] = {"AutoencoderKL": AutoencoderKL, "PatchCodec": PatchCodec}
+    name = class_name(folder, "autoencoder")
     if name not in kinds:
-        raise UserError(f"autoencoder: {folder} holds {name!r}; it must be one of {', '.join(kinds)}")
-    try:
-        model = kinds[name].from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"autoencoder: {folder} cannot be loaded: {error}") from None
-    return model.requires_grad_(False).eval()
+        raise UserError(f"autoencoder: {folder} holds {name!r}; it must be one of AutoencoderKL, PatchCodec")
+    return kinds[name]
 
 
 def encode_images(vae: Any, images: Tensor, sample: bool = True, noise: Tensor | None = None) -> Tensor:

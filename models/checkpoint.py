@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from data.files import UserError, atomic_folder, read_json, write_json
 from models.autoencoder import load_autoencoder
+from models.folders import load_network
 from models.image_encoder import ClipImageEncoder, load_image_encoder_folder
 from models.multiview import CAMERA_FLOATS, MultiViewAttention
 
@@ -99,8 +100,14 @@ def read_info(folder: str | Path) -> ExportInfo:
     names = {f.name for f in dataclasses.fields(ExportInfo)}
     if set(content) != names:
         raise UserError(f"checkpoint {folder}: isotropic3d.json must have exactly the keys {', '.join(sorted(names))}")
-    for key in ("elevation_deg", "fov_deg", "framing"):
-        content[key] = tuple(content[key])
+    try:
+        for key in ("elevation_deg", "fov_deg", "framing"):
+            low, high = content[key]
+            content[key] = (float(low), float(high))
+        for key in ("image_size", "num_views", "stage", "step"):
+            content[key] = int(content[key])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {folder}: {key} in isotropic3d.json is {content[key]!r} ({error})") from None
     return ExportInfo(**content)
 
 
@@ -111,12 +118,7 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
         raise UserError(f"UNet: {folder} does not hold a UNet2DConditionModel")
     if config.get("projection_class_embeddings_input_dim") != CAMERA_FLOATS:
         raise UserError(f"UNet: {folder} takes no camera of {CAMERA_FLOATS} floats: it is not a multi-view model")
-    try:
-        unet = UNet2DConditionModel.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"UNet: {folder} cannot be loaded: {error}") from None
+    unet: UNet2DConditionModel = load_network(UNet2DConditionModel, folder, "UNet")
     unet.set_attn_processor(MultiViewAttention())
     return unet
 
@@ -138,4 +140,16 @@ def load_export(
         scheduler=scheduler,
         info=info,
     )
+    require_one_model(folder, model)
     return model.to(device, dtype)
+
+
+def require_one_model(folder: Path, model: MultiViewModel) -> None:
+    """UserError when the parts are not of one model."""
+    unet, vae = model.unet.config, model.vae.config
+    for what, wanted, found in (
+        ("vae's latent channels", unet.in_channels, vae["latent_channels"]),
+        ("image_encoder's width", unet.cross_attention_dim, model.image_encoder.config.embed_dim),
+    ):
+        if wanted != found:
+            raise UserError(f"checkpoint {folder}: the {what} are {found} and its UNet wants {wanted}; export it again")

@@ -9,15 +9,20 @@ from conf.cli import check
 
 @dataclass
 class UNetConfig:
-    weights: str | None = None  # diffusers `unet` folder to start from; null starts from random weights
+    weights: str | None = None  # diffusers `unet` folder to start from; null needs from_scratch
     block_out_channels: list[int] = field(default_factory=lambda: [320, 640, 1280, 1280])
     heads: list[int] = field(default_factory=lambda: [5, 10, 20, 20])  # attention heads of each block
     layers_per_block: int = 2
     cross_attention_dim: int = 1024  # width of the image embedding
     attention_in_last_block: bool = False  # SD has none at its lowest resolution but the middle block's
+    from_scratch: bool = False  # start from random weights, keyed by the seed
 
     def __post_init__(self) -> None:
         channels, heads = self.block_out_channels, self.heads
+        check(self.layers_per_block >= 1, f"model.unet.layers_per_block={self.layers_per_block} must be at least 1")
+        check(
+            self.cross_attention_dim >= 1, f"model.unet.cross_attention_dim={self.cross_attention_dim} must be positive"
+        )
         check(
             len(channels) == len(heads) and len(channels) > 0,
             f"model.unet.heads={heads} must name one number for each of block_out_channels={channels}",
@@ -34,6 +39,10 @@ class AutoencoderConfig:
     weights: str | None = None  # diffusers `vae` folder (AutoencoderKL or PatchCodec); required for training
     downscale: int = 8  # pixels per latent cell and side
     latent_channels: int = 4
+
+    def __post_init__(self) -> None:
+        check(self.downscale >= 1, f"model.autoencoder.downscale={self.downscale} must be at least 1")
+        check(self.latent_channels >= 1, f"model.autoencoder.latent_channels={self.latent_channels} must be at least 1")
 
 
 @dataclass

@@ -16,11 +16,13 @@ from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from data.files import UserError, read_json
+from data.files import UserError
 from models.config import ImageEncoderConfig
+from models.folders import class_name, load_network
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # others start programs (EPS) or are no pictures of objects
 MAX_SIDE = 16384  # pixels; a larger picture is refused before it is decoded
 
 
@@ -125,6 +127,16 @@ def build_image_encoder(config: ImageEncoderConfig) -> ClipImageEncoder:
     return ClipImageEncoder(known["embed_dim"], copy.deepcopy(known["vision_cfg"]), known.get("quick_gelu", False))
 
 
+def in_cache(config: ImageEncoderConfig) -> bool:
+    """Whether open_clip's weights have been fetched from the hub before."""
+    from huggingface_hub import try_to_load_from_cache
+    from open_clip.pretrained import get_pretrained_cfg
+
+    repository = get_pretrained_cfg(config.arch, config.pretrained).get("hf_hub", "").rstrip("/")
+    names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    return bool(repository) and any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
+
+
 def load_image_encoder(config: ImageEncoderConfig) -> ClipImageEncoder:
     """Frozen, in fp32: from `config.weights`, or open_clip's `arch` with the hub's `pretrained` weights."""
     if config.weights is not None:
@@ -142,15 +154,14 @@ def load_image_encoder(config: ImageEncoderConfig) -> ClipImageEncoder:
 
 
 def load_image_encoder_folder(folder: str | Path) -> ClipImageEncoder:
-    config = read_json(Path(folder) / "config.json", "image encoder")
-    name = config.get("_class_name") if isinstance(config, dict) else None
+    require_image_encoder(folder)
+    return load_network(ClipImageEncoder, folder, "image encoder").requires_grad_(False).eval()
+
+
+def require_image_encoder(folder: str | Path) -> None:
+    name = class_name(folder, "image encoder")
     if name != "ClipImageEncoder":
         raise UserError(f"image encoder: {folder} holds {name!r}, not a ClipImageEncoder")
-    try:
-        encoder = ClipImageEncoder.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"image encoder: {folder} cannot be loaded: {error}") from None
-    return encoder.requires_grad_(False).eval()
 
 
 def load_reference_image(path: str | Path) -> Tensor:
@@ -159,7 +170,7 @@ def load_reference_image(path: str | Path) -> Tensor:
     if not path.is_file():
         raise UserError(f"image {path} does not exist")
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             if max(picture.size) > MAX_SIDE:
                 raise UserError(f"image {path} is {picture.width} x {picture.height}; scale it below {MAX_SIDE} a side")
             if min(picture.size) < 8:

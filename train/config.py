@@ -23,6 +23,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check(self.workers >= 0, f"data.workers={self.workers} must not be negative")
         check(self.num_views >= 1, f"data.num_views={self.num_views} must be at least 1")
+        check(self.image_size >= 1, f"data.image_size={self.image_size} must be positive")
 
 
 @dataclass
@@ -61,6 +62,14 @@ class OptimConfig:
         check(self.schedule in ("constant", "cosine"), f"optim.schedule={self.schedule} must be constant or cosine")
         decay = self.weight_average_decay
         check(0 <= decay < 1, f"optim.weight_average_decay={decay} must lie in [0, 1)")
+        check(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas={self.betas} must be two numbers in [0, 1)",
+        )
+        for name in ("eps", "clip_norm"):
+            check(getattr(self, name) > 0, f"optim.{name}={getattr(self, name)} must be positive")
+        for name in ("weight_decay", "warmup_steps"):
+            check(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass

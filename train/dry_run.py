@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.files import UserError
 from data.shards import read_manifest
-from models.autoencoder import SD_VAE, load_autoencoder
+from models.autoencoder import SD_VAE, autoencoder_kind
 from models.checkpoint import read_info
-from models.image_encoder import build_image_encoder, load_image_encoder_folder
+from models.folders import empty_network
+from models.image_encoder import ClipImageEncoder, build_image_encoder, in_cache, require_image_encoder
 from models.multiview import CAMERA_FLOATS, build_unet, predict_noise_output
 from train.config import TrainConfig
 
@@ -44,13 +45,14 @@ def build(config: TrainConfig) -> Networks:
         unet.enable_gradient_checkpointing()
     weights = config.model.autoencoder.weights
     if weights is not None and Path(weights).is_dir():
-        vae: Any = load_autoencoder(weights).to("meta")
+        vae = empty_network(autoencoder_kind(weights), weights, "autoencoder")
     else:
         with torch.device("meta"):
             vae = AutoencoderKL(**SD_VAE)
     weights = config.model.image_encoder.weights
     if weights is not None and Path(weights).is_dir():
-        image_encoder = load_image_encoder_folder(weights).to("meta")
+        require_image_encoder(weights)
+        image_encoder = empty_network(ClipImageEncoder, weights, "image encoder")
     else:
         with torch.device("meta"):
             image_encoder = build_image_encoder(config.model.image_encoder)
@@ -120,6 +122,9 @@ def missing(config: TrainConfig) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     if not torch.cuda.is_available():
         rows.append(("GPU: torch sees none", "run on a CUDA machine; experiment=demo trains on the CPU"))
+    elif torch.cuda.device_count() < config.processes:
+        few = f"GPU: this machine has {torch.cuda.device_count()} for {config.processes} processes"
+        rows.append((few, f"several nodes, or --num_processes {torch.cuda.device_count()}"))
     try:
         read_manifest(Path(config.data.shards))
     except UserError as error:
@@ -129,10 +134,12 @@ def missing(config: TrainConfig) -> list[tuple[str, str]]:
             read_info(config.init_from)
         except UserError as error:
             rows.append((f"start weights: {error}", "train stage 1 first, or init_from=<export folder>"))
+    elif config.model.unet.weights is None and config.model.unet.from_scratch:
+        pass
     elif config.model.unet.weights is None:
         rows.append(
-            ("UNet weights: model.unet.weights is null, so training starts from random weights",
-             "model.unet.weights=<diffusers folder of sd-v2.1-base-4view's UNet>")
+            ("UNet weights: model.unet.weights is null",
+             "model.unet.weights=<diffusers folder of sd-v2.1-base-4view's UNet>, or model.unet.from_scratch=true")
         )  # fmt: skip
     elif not Path(config.model.unet.weights).is_dir():
         rows.append((f"UNet weights: {config.model.unet.weights} does not exist", "model.unet.weights=<folder>"))
@@ -140,12 +147,12 @@ def missing(config: TrainConfig) -> list[tuple[str, str]]:
     if vae is None or not Path(vae).is_dir():
         rows.append((f"autoencoder weights: {vae or 'not set'}", "model.autoencoder.weights=<vae folder of SD 2.1>"))
     encoder = config.model.image_encoder
-    if encoder.weights is None:
+    if encoder.weights is None and not in_cache(encoder):
         rows.append(
             (f"image encoder: open_clip {encoder.arch}/{encoder.pretrained} comes from the hub at the first start",
              "start once with a network, or model.image_encoder.weights=<folder>")
         )  # fmt: skip
-    elif not Path(encoder.weights).is_dir():
+    elif encoder.weights is not None and not Path(encoder.weights).is_dir():
         rows.append((f"image encoder: {encoder.weights} does not exist", "model.image_encoder.weights=<folder>"))
     return rows
 

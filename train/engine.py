@@ -6,6 +6,8 @@ import os
 import shutil
 import socket
 import sys
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,11 @@ def prepare_environment(cpu: bool) -> None:
         ):
             if shutil.which(program) is None:
                 raise UserError(f"DeepSpeed on the CPU needs {program} on the PATH; {remedy}")
+        headers = Path(sysconfig.get_path("include")) / "Python.h"
+        if not headers.is_file():
+            raise UserError(
+                f"DeepSpeed on the CPU needs Python's headers, and {headers} is not there; apt-get install python3-dev"
+            )
     if "RANK" not in os.environ:  # started as plain `python train/stage1.py`: a world of one
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -51,6 +51,11 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def print_main(words: str) -> None:
+    if is_main():
+        print(words, flush=True)
+
+
 def run_to_the_end(config: TrainConfig) -> None:
     run = set_up(config)
     if run is None:
@@ -133,12 +138,17 @@ def set_up(config: TrainConfig) -> Run | None:
     """Everything before the first step, cheapest checks first.  None when the run had already ended."""
     folder = Path(config.out)
     if finished(config, folder):
-        if is_main():
-            print(f"stage {config.stage}: {folder}/export is finished (step {config.steps}); nothing to do", flush=True)
+        print_main(f"stage {config.stage}: {folder}/export is finished (step {config.steps}); nothing to do")
         return None
+    if config.init_from is None and config.model.unet.weights is None and not config.model.unet.from_scratch:
+        raise UserError(
+            "model.unet.weights is not set: this stage starts from a multi-view UNet, such as MVDream's in diffusers' "
+            "format; give its folder, or model.unet.from_scratch=true"
+        )
     die_with_parent()
     dataset = ViewDataset(config.data.shards, config.data.image_size, config.data.num_views, config.seed)
     _ = dataset[0]  # so that views that do not fit are named before anything is built
+    print_main(f"stage {config.stage}: {len(dataset.index)} objects; loading the networks")
     vae, image_encoder = frozen_parts(config)
     unet = initial_unet(config)
     require_space(config, folder, unet)
@@ -148,14 +158,14 @@ def set_up(config: TrainConfig) -> Run | None:
         with atomic_file(folder / "config.yaml") as temporary:
             temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
+    print_main(f"stage {config.stage}: starting DeepSpeed; its first time on a machine, it compiles for a minute")
     accelerator, engine = build_engine(config, unet)
     average = WeightAverage(engine, config.optim.weight_average_decay)
     state = TrainState()
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is not None:
         state = load_checkpoint(newest, engine, average)
-        if is_main():
-            print(f"stage {config.stage}: going on from {newest}", flush=True)
+        print_main(f"stage {config.stage}: going on from {newest}")
     model = MultiViewModel(
         empty_unet(config),
         vae.to(accelerator.device),
@@ -242,6 +252,7 @@ def empty_unet(config: TrainConfig) -> Any:
 def initial_unet(config: TrainConfig) -> Any:
     """From `init_from`'s export, from `model.unet.weights`, or random, keyed by the seed; in that order."""
     if config.init_from is None and config.model.unet.weights is None:
+        print_main(f"stage {config.stage}: the UNet starts from random weights")
         torch.manual_seed(config.seed)
         size = config.data.image_size // config.model.autoencoder.downscale
         unet = build_unet(config.model.unet, config.model.autoencoder.latent_channels, size)

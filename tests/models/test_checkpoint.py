@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data.cameras import orbit_camera
 from data.files import UserError
@@ -72,6 +74,24 @@ def test_rescaled_guidance_keeps_the_conditional_spread() -> None:
     torch.testing.assert_close(guide(c, u, 1.0, 0.0), c)
 
 
+def drop_tensor(folder: Path, name: str, renamed: str | None = None) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    taken = tensors.pop(name)
+    if renamed is not None:
+        tensors[renamed] = taken
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def set_info(folder: Path, key: str, value: object) -> None:
+    path = folder / "isotropic3d.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+
+def swap_autoencoder(folder: Path) -> None:
+    fit_patch_codec(torch.rand(20, 3, 32, 32) * 2 - 1, 8, 5).save_pretrained(folder / "vae")
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -86,6 +106,13 @@ def test_rescaled_guidance_keeps_the_conditional_spread() -> None:
             ),
             "cannot be loaded",
         ),
+        (lambda f: drop_tensor(f / "unet", "conv_out.bias"), r"unet lacks conv_out.bias \(1 tensors\)"),
+        (lambda f: drop_tensor(f / "vae", "encoder.bias"), r"vae lacks encoder.bias"),
+        (lambda f: drop_tensor(f / "image_encoder", "visual.proj"), r"image_encoder lacks visual.proj"),
+        (lambda f: drop_tensor(f / "unet", "conv_out.bias", "conv_out.offset"), "lacks conv_out.bias"),
+        (lambda f: set_info(f, "fov_deg", None), "fov_deg in isotropic3d.json is None"),
+        (lambda f: set_info(f, "num_views", "four"), "num_views in isotropic3d.json is 'four'"),
+        (swap_autoencoder, "the vae's latent channels are 5 and its UNet wants 6"),
     ],
 )
 def test_foreign_and_damaged_folders(exported, tmp_path, spoil, words) -> None:

@@ -218,6 +218,7 @@ def test_stage_2_starts_from_stage_1(quiet, tiny, tmp_path) -> None:
     ("overrides", "words"),
     [
         (["model.unet.block_out_channels=[64,64]"], "is another network than model.unet describes"),
+        (["init_from=null", "model.unet.from_scratch=false"], "model.unet.weights is not set"),
         (["init_from=/nowhere"], "checkpoint /nowhere is not a folder"),
         (["model.autoencoder.weights={tiny}/parts/image_encoder"], "it must be one of AutoencoderKL, PatchCodec"),
         (["data.shards={tiny}/views"], "has no manifest.json"),
