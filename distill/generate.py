@@ -1,4 +1,4 @@
-"""An image to a mesh: `python distill/generate.py checkpoint=runs/stage2/export image=chair.png out=runs/chair`.
+"""An image to a mesh: `python distill/generate.py checkpoint=runs/mine/stage2/export image=chair.png out=runs/chair`.
 
 Writes into `out`: config.yaml, snapshot/, mesh.glb, turntable.mp4, views.png, losses.json and result.json.  A run that
 was killed goes on when the same command is given again.  Ctrl-C ends the optimisation and still makes the mesh.

@@ -18,10 +18,10 @@ def plan_or_train(config: TrainConfig) -> None:
         dry_run(config)
     else:
         config.accumulation  # noqa: B018  raises when the batch does not divide
+        require_writable(config.out, needed_mb=64)
         from data.shards import read_manifest
 
         read_manifest(config.data.shards)
-        require_writable(config.out, needed_mb=64)
         from train.loop import train
 
         train(config)
