@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def orbit_camera(azimuth_deg: Tensor, elevation_deg: Tensor, distance: Tensor) -> Tensor:
+def orbit_camera(azimuth_deg: Tensor, elevation_deg: Tensor, distance: Tensor | float) -> Tensor:
     """Camera on a sphere around the origin, looking at it, world z up in the picture.
 
     azimuth_deg, elevation_deg (-90, 90) exclusive, distance > 0: broadcastable to (...).  Returns c2w (..., 4, 4).
@@ -26,7 +26,7 @@ def orbit_camera(azimuth_deg: Tensor, elevation_deg: Tensor, distance: Tensor) -
     backward = torch.stack([e.cos() * a.cos(), e.cos() * a.sin(), e.sin()], dim=-1)  # camera +z: away from the object
     right = torch.stack([-a.sin(), a.cos(), torch.zeros_like(a)], dim=-1)
     up = torch.linalg.cross(backward, right)
-    c2w = torch.zeros(*azimuth.shape, 4, 4, dtype=backward.dtype)
+    c2w = torch.zeros(*azimuth.shape, 4, 4, dtype=backward.dtype, device=backward.device)
     c2w[..., :3, 0], c2w[..., :3, 1], c2w[..., :3, 2] = right, up, backward
     c2w[..., :3, 3] = backward * distance[..., None]
     c2w[..., 3, 3] = 1
@@ -64,10 +64,38 @@ def camera_rays(c2w: Tensor, fov_deg: Tensor, height: int, width: int) -> tuple[
     return origins, directions
 
 
-def camera_conditioning(c2w: Tensor) -> Tensor:
-    """The 16 floats a multi-view UNet is conditioned on, in MVDream's convention.
+def orbit_angles(c2w: Tensor) -> tuple[Tensor, Tensor]:
+    """azimuth_deg in [0, 360) and elevation_deg of cameras that look at the origin: the inverse of `orbit_camera`."""
+    x, y, z = c2w[..., :3, 3].unbind(-1)
+    return torch.rad2deg(torch.atan2(y, x)) % 360, torch.rad2deg(torch.atan2(z, torch.hypot(x, y)))
 
-    c2w (..., 4, 4) -> (..., 16), row-major, translation scaled to length 1 (so neither fov nor distance is told).
+
+CONVENTIONS = ("mvdream", "isotropic3d_released_2d", "isotropic3d_released_sds")
+
+
+def camera_conditioning(c2w: Tensor, convention: str = "mvdream") -> Tensor:
+    """The 16 floats a multi-view UNet is conditioned on, as its weights were trained to read them.
+
+    c2w (..., V, 4, 4) -> (..., V, 16), row-major, translation scaled to length 1 (so neither fov nor distance is told).
+    "mvdream" is MVDream's convention and that of every model trained here.  The released Isotropic3D code turns degrees
+    into radians twice, so that it sees angles of pi / 180 their size: "isotropic3d_released_sds" is its SDS path; in
+    "isotropic3d_released_2d", its 2D sampler, the elevation shrinks once more with every view after the first.
+    ValueError for another name, or a camera at the origin.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"camera convention {convention!r} must be one of {', '.join(CONVENTIONS)}")
+    if convention != "mvdream":
+        azimuth, elevation = orbit_angles(c2w)
+        times = torch.ones_like(elevation)
+        if convention == "isotropic3d_released_2d":
+            times = torch.arange(1, c2w.shape[-3] + 1, dtype=c2w.dtype, device=c2w.device).expand_as(elevation)
+        c2w = orbit_camera(torch.deg2rad(azimuth), elevation * torch.deg2rad(torch.ones_like(times)) ** times, 1.0)
+    return mvdream_conditioning(c2w)
+
+
+def mvdream_conditioning(c2w: Tensor) -> Tensor:
+    """c2w (..., 4, 4) -> (..., 16).
+
     MVDream's azimuth 0 lies on the world's -y (mvdream/camera_utils.py: y-up OpenGL to Blender axes), ours on +x:
     the world is turned by -90 degrees about z, so that pretrained MVDream weights see the views they know.
     """

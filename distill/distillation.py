@@ -95,7 +95,7 @@ def denoised(
     scheduler: Any = model.scheduler
     alpha_bar = scheduler.alphas_cumprod[t].to(latents)
     noisy = sds.add_noise(latents, torch.randn(latents.shape).to(latents), alpha_bar)
-    camera = camera_conditioning(c2w).to(latents)
+    camera = camera_conditioning(c2w, model.info.camera).to(latents)
     conditional, unconditional = predict_noise_output(
         model.unet,
         torch.cat([noisy, noisy]),

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from data.cameras import CONVENTIONS
 from data.files import UserError, atomic_folder, read_json, write_json
 from models.autoencoder import load_autoencoder
 from models.folders import load_network
 from models.image_encoder import ClipImageEncoder, load_image_encoder_folder
 from models.multiview import CAMERA_FLOATS, MultiViewAttention
 
-FORMAT = "isotropic3d-export/1"
+FORMAT = "isotropic3d-export/2"
 
 
 @dataclass
@@ -33,6 +34,7 @@ class ExportInfo:
     elevation_deg: tuple[float, float]  # the cameras seen in training: lowest and highest
     fov_deg: tuple[float, float]
     framing: tuple[float, float]  # distance * tan(fov / 2), object units
+    camera: str  # how the UNet reads cameras: one of data.cameras.CONVENTIONS
     stage: int
     step: int
 
@@ -60,12 +62,14 @@ class MultiViewModel:
         return self
 
 
-def make_scheduler(prediction_type: str, zero_terminal_snr: bool) -> DDIMScheduler:
+def make_scheduler(
+    prediction_type: str, zero_terminal_snr: bool, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> DDIMScheduler:
     """SD 2.1's noise schedule; with zero terminal SNR, rescaled betas and trailing steps (arXiv 2305.08891)."""
     return DDIMScheduler(
         num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
+        beta_start=beta_start,
+        beta_end=beta_end,
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
@@ -104,6 +108,11 @@ def read_info(folder: str | Path) -> ExportInfo:
         for key in ("elevation_deg", "fov_deg", "framing"):
             low, high = content[key]
             content[key] = (float(low), float(high))
+        if content["camera"] not in CONVENTIONS:
+            raise UserError(
+                f"checkpoint {folder}: camera in isotropic3d.json is {content['camera']!r}; it must be one of "
+                f"{', '.join(CONVENTIONS)}"
+            )
         for key in ("image_size", "num_views", "stage", "step"):
             content[key] = int(content[key])
     except (TypeError, ValueError) as error:

@@ -214,6 +214,7 @@ def export_info(config: TrainConfig, cameras: Cameras) -> ExportInfo:
         elevation_deg=cameras.elevation_deg,
         fov_deg=cameras.fov_deg,
         framing=cameras.framing,
+        camera="mvdream",
         stage=config.stage,
         step=0,  # set when the weights are gathered
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from data.cameras import camera_conditioning, camera_rays, framing_distance, orbit_camera
+from data.cameras import camera_conditioning, camera_rays, framing_distance, orbit_angles, orbit_camera
 
 # MVDream's get_camera(4, elevation=15), recorded from the released code (mvdream/camera_utils.py).
 C, S = 0.9659258, 0.2588190
@@ -24,6 +27,35 @@ MVDREAM_ELEVATION_15 = torch.tensor(
 def test_conditioning_is_mvdreams() -> None:
     c2w = orbit_camera(torch.arange(4) * 90.0, torch.tensor(15.0), torch.tensor(1.7))
     torch.testing.assert_close(camera_conditioning(c2w), MVDREAM_ELEVATION_15, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("convention", "recorded"),
+    [
+        ("mvdream", "get_camera_mvdream_4_elev15"),
+        ("isotropic3d_released_2d", "get_camera_isotropic3d_4_elev15"),
+        ("isotropic3d_released_sds", "get_camera_isotropic3d_sds_4_elev15"),
+    ],
+)
+def test_conventions_are_the_recorded_ones(convention: str, recorded: str) -> None:
+    c2w = orbit_camera(torch.arange(4) * 90.0, torch.tensor(15.0), torch.tensor(1.7))
+    expected = load_file(Path(__file__).parents[1] / "models" / "released_w32.safetensors")[recorded]
+    torch.testing.assert_close(camera_conditioning(c2w, convention), expected, atol=1e-6, rtol=0)
+    batched = camera_conditioning(c2w.expand(3, 4, 4, 4), convention)
+    torch.testing.assert_close(batched, expected.expand(3, 4, 16), atol=1e-6, rtol=0)
+
+
+def test_unknown_conventions_are_refused() -> None:
+    with pytest.raises(ValueError, match="'other' must be one of mvdream"):
+        camera_conditioning(torch.eye(4)[None], "other")
+
+
+@given(st.floats(0, 359.9), st.floats(-89, 89), st.floats(0.1, 50))
+@settings(deadline=None)
+def test_angles_are_the_inverse_of_the_orbit(azimuth: float, elevation: float, distance: float) -> None:
+    c2w = orbit_camera(torch.tensor(azimuth), torch.tensor(elevation), distance)
+    found = orbit_angles(c2w)
+    assert abs((float(found[0]) - azimuth + 180) % 360 - 180) < 2e-2 and abs(float(found[1]) - elevation) < 2e-2
 
 
 @given(st.floats(-720, 720), st.floats(-89, 89), st.floats(0.1, 50))

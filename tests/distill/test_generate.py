@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vae=fit_patch_codec(torch.rand(20, 3, 32, 32) * 2 - 1, 8, 6).eval(),
         image_encoder=ClipImageEncoder(24, vision).eval(),
         scheduler=make_scheduler("v_prediction", zero_terminal_snr=True),
-        info=ExportInfo(32, 4, (0.0, 30.0), (40.0, 40.0), (0.58, 0.6), stage=2, step=7),
+        info=ExportInfo(32, 4, (0.0, 30.0), (40.0, 40.0), (0.58, 0.6), "mvdream", stage=2, step=7),
     )
     save_export(folder, model)
     return folder

@@ -28,7 +28,7 @@ def small_model() -> MultiViewModel:
         vae=fit_patch_codec(torch.rand(20, 3, 32, 32) * 2 - 1, 8, 6).eval(),
         image_encoder=ClipImageEncoder(24, vision).eval(),
         scheduler=make_scheduler("v_prediction", zero_terminal_snr=True),
-        info=ExportInfo(32, 4, (0.0, 30.0), (40.0, 40.0), (0.58, 0.6), stage=2, step=7),
+        info=ExportInfo(32, 4, (0.0, 30.0), (40.0, 40.0), (0.58, 0.6), "mvdream", stage=2, step=7),
     )
 
 
@@ -49,7 +49,7 @@ def test_round_trip(exported) -> None:
     assert loaded.scheduler.config.prediction_type == "v_prediction"
     context = torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(0))
     pictures = [
-        sample_views(m, context, cameras().expand(2, 4, 4, 4), 3.0, 0.5, 4, generator=torch.Generator().manual_seed(5))
+        sample_views(m, context, cameras().expand(2, 4, 4, 4), 3.0, 4, generator=torch.Generator().manual_seed(5))
         for m in (model, loaded)
     ]
     assert pictures[0].shape == (2, 4, 3, 32, 32)
@@ -60,7 +60,7 @@ def test_guidance_one_is_the_conditional_network(exported) -> None:
     model = load_export(exported)
     context = embed_image(model.image_encoder, torch.rand(1, 3, 32, 32))
     one, explicit = (
-        sample_views(model, context, cameras()[None], g, 0.0, 3, generator=torch.Generator().manual_seed(0))
+        sample_views(model, context, cameras()[None], g, 3, generator=torch.Generator().manual_seed(0))
         for g in (1.0, 1.0 + 1e-6)
     )
     torch.testing.assert_close(one, explicit, atol=1e-3, rtol=1e-3)
@@ -111,6 +111,7 @@ def swap_autoencoder(folder: Path) -> None:
         (lambda f: drop_tensor(f / "image_encoder", "visual.proj"), r"image_encoder lacks visual.proj"),
         (lambda f: drop_tensor(f / "unet", "conv_out.bias", "conv_out.offset"), "lacks conv_out.bias"),
         (lambda f: set_info(f, "fov_deg", None), "fov_deg in isotropic3d.json is None"),
+        (lambda f: set_info(f, "camera", "other"), "camera in isotropic3d.json is 'other'; it must be one of mvdream"),
         (lambda f: set_info(f, "num_views", "four"), "num_views in isotropic3d.json is 'four'"),
         (swap_autoencoder, "the vae's latent channels are 5 and its UNet wants 6"),
     ],

@@ -1,0 +1,389 @@
+"""Released checkpoints in and out.
+
+    python models/convert.py sd-v2.1-base-4view.pt weights/mvdream --allow-missing image_encoder
+    python models/convert.py isotropic3d.ckpt weights/isotropic3d
+    python models/convert.py --to-ldm runs/mine/stage2/export mine.ckpt [--base isotropic3d.ckpt]
+
+The first two write a folder that training, sampling, distilling and diffusers read.  The last writes the flat ldm
+checkpoint that threestudio and the released code read; `--base` gives the tensors that are not part of the model here
+(the released image encoder's text tables).  Files are read and written a tensor at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from data.files import UserError, atomic_folder, read_json, require_writable, write_json
+
+PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "image_encoder": "ClipImageEncoder"}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# What an ldm checkpoint holds beside the model: schedules that are computed again, training's leftovers, text towers.
+LEFTOVERS = (
+    "betas", "alphas_cumprod*", "sqrt_*", "log_one_minus_alphas_cumprod", "posterior_*", "logvar", "lvlb_weights",
+    "scale_factor", "model_ema.*", "first_stage_model.loss.*", "cond_stage_model.*",
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="ldm checkpoint (.pt, .ckpt, .safetensors); with --to-ldm: a folder")
+    parser.add_argument("out", type=Path, help="folder to make; with --to-ldm: the file to make")
+    parser.add_argument("--to-ldm", action="store_true", help="from a folder of this project to an ldm checkpoint")
+    parser.add_argument("--base", type=Path, help="with --to-ldm: ldm checkpoint that gives what the folder lacks")
+    parser.add_argument("--config", type=Path, help="the original YAML: head size, noise schedule, latent scale")
+    parser.add_argument("--head-dim", type=int, help="channels of an attention head (not in the shapes; default 64)")
+    parser.add_argument("--clip-head-width", type=int, help="the same of the image encoder; default: open_clip's")
+    parser.add_argument(
+        "--allow-missing", nargs="*", default=[], metavar="NAME",
+        help="what may be missing or unexpected: unet, vae, image_encoder, or names of tensors, * allowed",
+    )  # fmt: skip
+    parser.add_argument("--image-size", type=int, default=256, help="pixels a side the model was trained at (256)")
+    parser.add_argument("--num-views", type=int, default=4, help="views it was trained with (4)")
+    parser.add_argument(
+        "--camera", default="mvdream", help="camera convention of the weights: mvdream (default), "
+        "isotropic3d_released_2d or isotropic3d_released_sds",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    try:
+        run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@dataclass
+class Part:
+    """One network of the checkpoint, and which of its tensors is which."""
+
+    name: str
+    config: dict[str, Any]
+    tensors: dict[str, Any] = field(default_factory=dict)  # by diffusers' names
+    missing: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # ldm name: diffusers name, shape
+    unexpected: list[str] = field(default_factory=list)  # ldm names
+
+
+@dataclass
+class Settings:
+    """What the shapes do not say; SD 2.1's unless the original YAML or a flag says otherwise."""
+
+    head_dim: int = 64
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction_type: str = "epsilon"
+    scaling_factor: float = 0.18215
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.out.exists():
+        raise UserError(f"{arguments.out} is there already and is not overwritten; choose another name, or remove it")
+    if not arguments.source.exists():
+        raise UserError(f"{arguments.source} does not exist")
+    size = sum(f.stat().st_size for f in [arguments.source, *arguments.source.rglob("*")] if f.is_file())
+    require_writable(arguments.out.absolute().parent, needed_mb=size // 2**20 + 64)
+    (to_ldm if arguments.to_ldm else to_diffusers)(arguments)
+
+
+def original_settings(path: Path | None, head_dim: int | None) -> Settings:
+    """From the ldm YAML that the model was trained with.  Read as data: its class paths are not followed."""
+    settings = Settings()
+    if path is not None:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
+        try:
+            content: Any = OmegaConf.to_container(OmegaConf.load(path))
+            params = content["model"]["params"]
+            unet = params["unet_config"]["params"]
+            settings = Settings(
+                int(unet.get("num_head_channels", settings.head_dim)),
+                float(params.get("linear_start", settings.beta_start)),
+                float(params.get("linear_end", settings.beta_end)),
+                {"eps": "epsilon", "v": "v_prediction"}[params.get("parameterization", "eps")],
+                float(params.get("scale_factor", settings.scaling_factor)),
+            )
+        except (OSError, OmegaConfBaseException, YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"--config {path} is not an ldm configuration that can be read ({error!r})") from None
+    if head_dim is not None:
+        settings.head_dim = head_dim
+    return settings
+
+
+def to_diffusers(arguments: argparse.Namespace) -> None:
+    """Maps all parts first, so that nothing is written for a file that lacks or holds what it should not."""
+    # Imported here, so that --help and wrong paths do not wait for them.
+    from models.checkpoint import FORMAT, ExportInfo, make_scheduler
+    from models.released import PREFIXES, UNET
+    from models.weights_file import read_weights, write_safetensors
+
+    settings = original_settings(arguments.config, arguments.head_dim)
+    weights = read_weights(arguments.source)
+    if not any(name.startswith(UNET) for name in weights):
+        groups = sorted({".".join(name.split(".")[:2]) for name in weights})[:6]
+        raise UserError(
+            f"{arguments.source} holds no multi-view UNet ({UNET}*): it has {', '.join(groups)}, ...; give the "
+            "checkpoint of MVDream or Isotropic3D"
+        )
+    parts = [map_part(name, prefix, weights, settings, arguments.clip_head_width) for name, prefix in PREFIXES.items()]
+    outside = [name for name in weights if part_of(name) is None]
+    dropped = {name for name in outside if matches(name, LEFTOVERS)}
+    unexpected = [name for name in outside if name not in dropped]
+    print_table(parts, PREFIXES, {name: weights[name] for name in dropped})
+    refuse_gaps(arguments.source, parts, unexpected, arguments.allow_missing)
+    compare_schedule(arguments.source, weights, settings)
+
+    parts = [part for part in parts if part.tensors]
+    info = ExportInfo(
+        image_size=arguments.image_size,
+        num_views=arguments.num_views,
+        # The cameras of the released configuration (isotropic3d-shading.yaml); the checkpoints do not say theirs.
+        elevation_deg=(0.0, 30.0),
+        fov_deg=(15.0, 60.0),
+        framing=(0.8, 1.0),
+        camera=arguments.camera,
+        stage=2 if any(part.name == "image_encoder" for part in parts) else 0,
+        step=0,
+    )
+    with atomic_folder(arguments.out) as temporary:
+        for part in parts:
+            empty(part).save_config(temporary / part.name)
+            write_safetensors(temporary / part.name / WEIGHTS, part.tensors, {"format": "pt"})
+        scheduler = make_scheduler(settings.prediction_type, False, settings.beta_start, settings.beta_end)
+        scheduler.save_pretrained(temporary / "scheduler")
+        write_model_index(temporary, [part.name for part in parts])
+        write_json(temporary / "isotropic3d.json", {"format": FORMAT, **asdict(info)})
+    print(f"wrote {arguments.out}")
+
+
+def part_of(name: str) -> str | None:
+    """Which network an ldm tensor belongs to."""
+    from models.released import PREFIXES
+
+    if name.startswith(PREFIXES["image_encoder"]):
+        return "image_encoder"
+    if matches(name, LEFTOVERS):
+        return None
+    return next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def pairs_of(name: str, config: Mapping[str, Any]) -> Any:
+    from models import released
+
+    if name == "unet":
+        return released.unet_pairs(config["layers_per_block"], [b != "DownBlock2D" for b in config["down_block_types"]])
+    if name == "vae":
+        return released.vae_pairs(len(config["block_out_channels"]), config["layers_per_block"])
+    return None  # the names are the same
+
+
+def map_part(
+    name: str, prefix: str, weights: Mapping[str, Any], settings: Settings, clip_head_width: int | None
+) -> Part:
+    """The tensors below `prefix` under diffusers' names, and what is missing or left over."""
+    from models import released
+
+    inside = {key.removeprefix(prefix): weights[key] for key in weights if part_of(key) == name}
+    if not inside:
+        return Part(name, {}, missing={name: (name, ())})
+    shapes = {key: tuple(tensor.shape) for key, tensor in inside.items()}
+    if name == "unet":
+        config = released.unet_config(shapes, settings.head_dim)
+    elif name == "vae":
+        config = released.vae_config(shapes, settings.scaling_factor)
+    else:
+        config = released.image_encoder_config(shapes, clip_head_width)
+    part = Part(name, config)
+    expected = {key: tuple(tensor.shape) for key, tensor in empty(part).state_dict().items()}
+    ldm_names = ldm_names_of(name, config, expected)
+    for key, ldm_name in ldm_names.items():
+        if ldm_name not in inside:
+            part.missing[prefix + ldm_name] = key, expected[key]
+            continue
+        tensor = inside.pop(ldm_name)
+        if name == "vae" and released.is_vae_projection(key) and tensor.shape[2:] == (1, 1):
+            tensor = tensor[:, :, 0, 0]
+        if tuple(tensor.shape) != expected[key]:
+            raise UserError(
+                f"{prefix}{ldm_name} is of shape {tuple(tensor.shape)}, and the architecture that the other tensors "
+                f"tell wants {expected[key]}; the file is damaged, or of another kind of model"
+            )
+        part.tensors[key] = tensor
+    part.unexpected = [prefix + key for key in inside]
+    return part
+
+
+def ldm_names_of(name: str, config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:
+    """diffusers name -> ldm name without prefix."""
+    from models import released
+
+    pairs = pairs_of(name, config)
+    if pairs is None:
+        return {key: key.removeprefix("visual.") for key in keys}
+    found = released.renamed(keys, released.swapped(pairs))
+    assert set(found) == set(keys), sorted(set(keys) - set(found))[:5]
+    return found
+
+
+def empty(part: Part) -> Any:
+    """The network without memory."""
+    import diffusers
+    import torch
+
+    from models.image_encoder import ClipImageEncoder
+
+    kind = ClipImageEncoder if part.name == "image_encoder" else getattr(diffusers, PARTS[part.name])
+    with torch.device("meta"):
+        return kind(**part.config)
+
+
+def print_table(parts: list[Part], prefixes: Mapping[str, str], dropped: Mapping[str, Any]) -> None:
+    def line(what: str, where: str, tensors: Iterable[Any], note: str = "") -> None:
+        tensors = list(tensors)
+        print(f"{what:<10}{where:<34}{len(tensors):6d} tensors{sum(t.numel() for t in tensors) / 1e6:10.1f} M  {note}")
+
+    for part in parts:
+        where = f"{prefixes[part.name]}* -> {part.name}"
+        line("mapped", where, part.tensors.values())
+        if part.missing:
+            print(f"{'missing':<10}{where:<34}{len(part.missing):6d} tensors: {', '.join(list(part.missing)[:3])}")
+        if part.unexpected:
+            print(f"{'unexpected':<10}{where:<34}{len(part.unexpected):6d} tensors: {', '.join(part.unexpected[:3])}")
+    groups: dict[str, list[Any]] = {}
+    for name, tensor in sorted(dropped.items()):
+        group = ".".join(name.split(".")[:3]) if "." in name else "noise schedule"
+        groups.setdefault(group, []).append(tensor)
+    for group, tensors in groups.items():
+        line("dropped", group, tensors)
+
+
+def refuse_gaps(source: Path, parts: list[Part], unexpected: list[str], allowed: list[str]) -> None:
+    """UserError for what is missing or unexpected and not named by --allow-missing."""
+    import torch
+
+    missing = [name for part in parts for name in part.missing]
+    unknown = [name for part in parts for name in part.unexpected] + unexpected
+    for words, names in (("lacks", missing), ("holds unexpected", unknown)):
+        open_ = [name for name in names if not matches(name, allowed) and (part_of(name) or name) not in allowed]
+        if open_:
+            more = f" and {len(open_) - 4} more" if len(open_) > 4 else ""
+            raise UserError(
+                f"{source} {words} {', '.join(open_[:4])}{more}; if that is meant to be, name it: --allow-missing "
+                f"{open_[0]}"
+            )
+    for part in parts:
+        if part.name in allowed and part.missing:
+            part.tensors.clear()  # left out whole
+        elif part.missing:  # named one by one
+            print(f"{part.name}: {', '.join(part.missing)} become zeros")
+            part.tensors |= {key: torch.zeros(shape) for key, shape in part.missing.values()}
+
+
+def compare_schedule(source: Path, weights: Mapping[str, Any], settings: Settings) -> None:
+    """UserError when the file's own noise schedule is not the one that is going to be written."""
+    from models.checkpoint import make_scheduler
+
+    if "alphas_cumprod" in weights:
+        ours = make_scheduler(settings.prediction_type, False, settings.beta_start, settings.beta_end).alphas_cumprod
+        theirs = weights["alphas_cumprod"].float()
+        if theirs.shape != ours.shape or float((theirs - ours).abs().max()) > 1e-5:
+            raise UserError(
+                f"{source}: its noise schedule is not SD 2.1's ({len(theirs)} steps, the last {float(theirs[-1]):.5f} "
+                f"and not {float(ours[-1]):.5f}); give the original YAML with --config"
+            )
+
+
+def write_model_index(folder: Path, parts: list[str]) -> None:
+    """What diffusers reads first: which class stands in which folder."""
+    from diffusers import __version__
+
+    ours = {"image_encoder": ["models", "ClipImageEncoder"]}
+    index = {part: ours.get(part, ["diffusers", PARTS[part]]) for part in parts}
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    write_json(
+        folder / "model_index.json", {"_class_name": "MultiViewPipeline", "_diffusers_version": __version__} | index
+    )
+
+
+def to_ldm(arguments: argparse.Namespace) -> None:
+    """The folder's networks under ldm's names, the noise schedule's buffers, and what `--base` adds."""
+    from models.released import PREFIXES, is_vae_projection
+    from models.weights_file import read_weights, write_safetensors, write_torch
+
+    source: Path = arguments.source
+    if not (source / "unet" / "config.json").is_file():
+        raise UserError(f"{source} is not a checkpoint folder of this project: it has no unet/config.json")
+    tensors: dict[str, Any] = schedule_buffers(read_json(source / "scheduler" / "scheduler_config.json", "scheduler"))
+    rows = [("scheduler", len(tensors), "noise schedule")]
+    for name, prefix in PREFIXES.items():
+        config = read_json(source / name / "config.json", name) if (source / name).is_dir() else {}
+        if config.get("_class_name") != PARTS[name]:
+            if name in arguments.allow_missing:
+                continue
+            raise UserError(
+                f"{source / name} holds {config.get('_class_name', 'nothing')}, and an ldm checkpoint has an "
+                f"{PARTS[name]} there; leave it out with --allow-missing {name}"
+            )
+        held = read_weights(source / name / WEIGHTS)
+        for key, ldm_name in ldm_names_of(name, config, held).items():
+            projection = name == "vae" and is_vae_projection(key)
+            tensors[prefix + ldm_name] = held[key][:, :, None, None] if projection else held[key]
+        rows.append((name, len(held), f"{prefix}*"))
+    if arguments.base is not None:
+        base = read_weights(arguments.base)
+        added = {name: tensor for name, tensor in base.items() if name not in tensors}
+        if foreign := [name for name in added if part_of(name) not in (None, *arguments.allow_missing)]:
+            raise UserError(f"--base {arguments.base} is of another architecture: {source} has no {foreign[0]}")
+        tensors |= added
+        rows.append((str(arguments.base), len(added), "as they are"))
+    for name, count, where in rows:
+        print(f"mapped    {name} -> {where}: {count} tensors")
+    if arguments.out.suffix == ".safetensors":
+        write_safetensors(arguments.out, tensors, {"format": "pt"})
+    else:
+        write_torch(arguments.out, tensors)
+    print(f"wrote {arguments.out}")
+
+
+def schedule_buffers(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The buffers that ldm's models register and want to find (ldm/models/diffusion/ddpm.py, register_schedule).
+
+    DDPM (arXiv 2006.11239), eq. 4 to 7, in float64, kept in float32.
+    """
+    import numpy as np
+    import torch
+
+    steps = int(scheduler["num_train_timesteps"])
+    roots = torch.linspace(scheduler["beta_start"] ** 0.5, scheduler["beta_end"] ** 0.5, steps, dtype=torch.float64)
+    betas = (roots**2).numpy()
+    bar = np.cumprod(1 - betas)
+    before = np.append(1.0, bar[:-1])
+    variance = betas * (1 - before) / (1 - bar)
+    values = {
+        "betas": betas,
+        "alphas_cumprod": bar,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": np.sqrt(bar),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - bar),
+        "log_one_minus_alphas_cumprod": np.log(1 - bar),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1 / bar),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / bar - 1),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "posterior_mean_coef1": betas * np.sqrt(before) / (1 - bar),
+        "posterior_mean_coef2": (1 - before) * np.sqrt(1 - betas) / (1 - bar),
+    }
+    return {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Released checkpoints in and out: the same outputs, the same bits, nothing from files that are not what they say."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from released_values import FOLDER, draw, released_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data.files import UserError
+from models.autoencoder import decode_latents, encode_images, load_autoencoder
+from models.checkpoint import load_unet, read_info
+from models.convert import main, schedule_buffers
+from models.image_encoder import ClipImageEncoder, load_image_encoder_folder
+from models.multiview import predict_noise_output
+from models.released import renamed, swapped, unet_config, unet_pairs, vae_config, vae_pairs
+from models.weights_file import read_weights, write_safetensors
+
+ROOT = Path(__file__).resolve().parents[2]
+VISION = {"image_size": 28, "patch_size": 14, "width": 64, "layers": 2, "head_width": 32, "mlp_ratio": 4.0}
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def convert(*arguments: object) -> Done:
+    """The command, in this process."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """As a user starts it; the other tests call it in their own process."""
+    torch.save({"a": torch.zeros(1), "b": Hostile()}, tmp_path / "bad.ckpt")
+    done = subprocess.run(
+        [sys.executable, ROOT / "models" / "convert.py", "bad.ckpt", "out"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: bad.ckpt holds more than tensors")
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
+
+
+def whole_checkpoint() -> dict[str, Tensor]:
+    """With an image tower, the noise schedule and the released checkpoint's leftovers."""
+    torch.manual_seed(0)
+    visual = ClipImageEncoder(48, VISION).state_dict()
+    schedule = schedule_buffers({"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012})
+    leftovers = {"cond_stage_model.model.token_embedding.weight": torch.randn(7, 5)}
+    tower = {f"cond_stage_model.model.{name}": tensor for name, tensor in visual.items()}
+    return released_checkpoint() | tower | schedule | leftovers
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("released") / "isotropic3d.ckpt"
+    torch.save({"state_dict": whole_checkpoint(), "global_step": 3}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(source: Path) -> Path:
+    out = source.parent / "converted"
+    done = convert(source, out, "--head-dim", 32, "--clip-head-width", 32)
+    assert done.returncode == 0, done.stderr
+    assert "690 tensors" in done.stdout and "248 tensors" in done.stdout
+    assert "dropped   cond_stage_model.model.token_embedding" in done.stdout
+    return out
+
+
+@torch.no_grad()
+def test_outputs_are_the_released_networks(folder: Path) -> None:
+    recorded = load_file(FOLDER / "released_w32.safetensors")
+    unet = load_unet(folder / "unet").eval()
+    x, camera, context = draw("x", (8, 4, 16, 16)), draw("camera", (8, 16)), draw("context", (2, 1, 48))
+    times = torch.tensor([37] * 4 + [811] * 4)
+    for views in (4, 2, 1):
+        objects = 8 // views
+        output = predict_noise_output(
+            unet,
+            x.unflatten(0, (objects, views)),
+            times.view(objects, views),
+            context.repeat_interleave(4, dim=0)[::views],
+            camera.unflatten(0, (objects, views)),
+        )
+        difference = float((output.flatten(0, 1) - recorded[f"eps_views{views}"]).abs().max())
+        assert difference < 1e-5, f"{views} views: {difference}"
+    vae = load_autoencoder(folder / "vae")
+    image = draw("image", (1, 3, 32, 32)).tanh()
+    latents = encode_images(vae, image, sample=False)
+    assert float((latents - recorded["latent_mode_scaled"]).abs().max()) < 1e-5
+    decoded = vae.decode(draw("latent", (1, 4, 4, 4)) / 0.18215).sample
+    assert float((decoded - recorded["decoded"]).abs().max()) < 1e-5
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    bar = schedule_buffers(scheduler)["alphas_cumprod"]
+    assert float((bar - recorded["alphas_cumprod"]).abs().max()) < 1e-6
+    assert (
+        float((decode_latents(vae, draw("latent", (1, 4, 4, 4))) - (decoded / 2 + 0.5).clamp(0, 1)).abs().max()) < 1e-5
+    )
+
+
+@torch.no_grad()
+def test_the_image_encoder_is_the_same(folder: Path) -> None:
+    ours = load_image_encoder_folder(folder / "image_encoder")
+    theirs = ClipImageEncoder(48, VISION)
+    prefix = "cond_stage_model.model."
+    weights = {k.removeprefix(prefix): v for k, v in whole_checkpoint().items() if k.startswith(prefix + "visual.")}
+    theirs.load_state_dict(weights)
+    pixels = draw("pixels", (2, 3, 28, 28))
+    assert torch.equal(ours(pixels), theirs.eval()(pixels))
+    info = read_info(folder)
+    assert info.camera == "mvdream" and info.stage == 2 and info.framing == (0.8, 1.0)
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_there_and_back_is_the_same_bits(source: Path, folder: Path, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"back.{suffix}"
+    done = convert("--to-ldm", folder, out, "--base", source)
+    assert done.returncode == 0, done.stderr
+    before, after = whole_checkpoint(), read_weights(out)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
+    # Without the base: all but what is not part of the model here.
+    assert convert("--to-ldm", folder, tmp_path / "alone.ckpt").returncode == 0
+    alone = read_weights(tmp_path / "alone.ckpt")
+    assert set(before) - set(alone) == {"cond_stage_model.model.token_embedding.weight"}
+
+
+def test_names_are_those_of_diffusers_own_conversion() -> None:
+    checkpoint = released_checkpoint()
+    prefix = "model.diffusion_model."
+    inside = {name.removeprefix(prefix): t for name, t in checkpoint.items() if name.startswith(prefix)}
+    config = unet_config({name: tuple(t.shape) for name, t in inside.items()}, 32)
+    known = {f"{prefix}{name.replace('camera_embed.', 'label_emb.0.')}": t for name, t in inside.items()}
+    expected = convert_ldm_unet_checkpoint(known, config)
+    pairs = unet_pairs(config["layers_per_block"], [b != "DownBlock2D" for b in config["down_block_types"]])
+    names = renamed(inside, pairs)
+    assert set(names) == set(inside) and {names[n]: id(t) for n, t in inside.items()} == {
+        k: id(t) for k, t in expected.items()
+    }
+    assert renamed(names.values(), swapped(pairs)) == {new: old for old, new in names.items()}
+
+    prefix = "first_stage_model."
+    inside = {name.removeprefix(prefix): t for name, t in checkpoint.items() if name.startswith(prefix)}
+    config = vae_config({name: tuple(t.shape) for name, t in inside.items()}, 0.18215)
+    expected = convert_ldm_vae_checkpoint({prefix + n: t for n, t in inside.items()}, config)
+    names = renamed(inside, vae_pairs(len(config["block_out_channels"]), config["layers_per_block"]))
+    assert set(names.values()) == set(expected)
+    for old, new in names.items():
+        assert torch.equal(inside[old].flatten(), expected[new].flatten()), old
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def truncated(folder: Path) -> Path:
+    torch.save(released_checkpoint(), folder / "whole.pt")
+    (folder / "bad.pt").write_bytes((folder / "whole.pt").read_bytes()[:100_000])
+    return folder / "bad.pt"
+
+
+def hostile(folder: Path) -> Path:
+    torch.save({"a": torch.zeros(1), "b": Hostile()}, folder / "bad.ckpt")
+    return folder / "bad.ckpt"
+
+
+def raw_pickle(folder: Path) -> Path:
+    (folder / "bad.pt").write_bytes(pickle.dumps(Hostile()))
+    return folder / "bad.pt"
+
+
+def other_zip(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "bad.ckpt", "w") as archive:
+        archive.writestr("readme.txt", "no checkpoint")
+    return folder / "bad.ckpt"
+
+
+def text_encoder(folder: Path) -> Path:
+    save_file({"cond_stage_model.model.ln_final.weight": torch.ones(4)}, folder / "bad.safetensors")
+    return folder / "bad.safetensors"
+
+
+def without_a_tensor(folder: Path) -> Path:
+    checkpoint = released_checkpoint()
+    del checkpoint["model.diffusion_model.middle_block.1.norm.bias"]
+    torch.save(checkpoint, folder / "bad.pt")
+    return folder / "bad.pt"
+
+
+def with_a_stranger(folder: Path) -> Path:
+    torch.save(released_checkpoint() | {"model.diffusion_model.extra.weight": torch.ones(2)}, folder / "bad.pt")
+    return folder / "bad.pt"
+
+
+def claims_too_much(folder: Path) -> Path:
+    name = "model.diffusion_model.out.2.bias"
+    torch.save(released_checkpoint() | {name: torch.zeros(1).expand(10**12)}, folder / "bad.pt")
+    return folder / "bad.pt"
+
+
+def other_schedule(folder: Path) -> Path:
+    torch.save(released_checkpoint() | {"alphas_cumprod": torch.linspace(1, 0, 1000)}, folder / "bad.pt")
+    return folder / "bad.pt"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (truncated, "not a checkpoint that can be read"),
+        (hostile, "is not opened, since that could run code"),
+        (raw_pickle, "is not opened, since that could run code"),
+        (other_zip, "not a checkpoint that can be read"),
+        (text_encoder, "holds no multi-view UNet"),
+        (without_a_tensor, "lacks model.diffusion_model.middle_block.1.norm.bias"),
+        (with_a_stranger, "holds unexpected model.diffusion_model.extra.weight"),
+        (claims_too_much, "which it cannot hold"),
+        (other_schedule, "its noise schedule is not SD 2.1's"),
+        (lambda folder: folder / "nowhere.pt", "does not exist"),
+    ],
+)
+def test_files_that_are_not_what_they_say(tmp_path: Path, make, words: str) -> None:
+    done = convert(make(tmp_path), tmp_path / "out", "--head-dim", 32, "--allow-missing", "image_encoder")
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+    assert not (ROOT / "executed").exists() and not (tmp_path / "executed").exists()
+
+
+def test_what_may_be_missing_is_named(source: Path, folder: Path, tmp_path: Path) -> None:
+    torch.save(released_checkpoint(), tmp_path / "mvdream.pt")
+    done = convert(tmp_path / "mvdream.pt", tmp_path / "out", "--head-dim", 32)
+    assert done.returncode == 2 and "--allow-missing image_encoder" in done.stderr
+    done = convert(tmp_path / "mvdream.pt", tmp_path / "out", "--head-dim", 32, "--allow-missing", "image_encoder")
+    assert done.returncode == 0 and not (tmp_path / "out" / "image_encoder").exists()
+    assert load_unet(tmp_path / "out" / "unet").config.cross_attention_dim == 48
+    assert read_info(tmp_path / "out").stage == 0
+    again = convert(source, folder)
+    assert again.returncode == 2 and "is there already and is not overwritten" in again.stderr
+
+
+def test_heads_and_schedule_come_from_the_original_yaml(tmp_path: Path) -> None:
+    torch.save(released_checkpoint(), tmp_path / "mvdream.pt")
+    unet = "unet_config: {target: some.Class, params: {num_head_channels: 16}}"
+    text = f"model:\n  params:\n    linear_start: 0.001\n    parameterization: v\n    {unet}\n"
+    (tmp_path / "model.yaml").write_text(text)
+    source, yaml = tmp_path / "mvdream.pt", tmp_path / "model.yaml"
+    done = convert(source, tmp_path / "out", "--config", yaml, "--allow-missing", "image_encoder")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/unet/config.json").read_text())["attention_head_dim"] == [2, 4, 8, 8]
+    scheduler = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+    assert scheduler["beta_start"] == 0.001 and scheduler["prediction_type"] == "v_prediction"
+    (tmp_path / "bad.yaml").write_text("model: [")
+    done = convert(tmp_path / "mvdream.pt", tmp_path / "out2", "--config", tmp_path / "bad.yaml")
+    assert done.returncode == 2 and "is not an ldm configuration" in done.stderr
+
+
+def test_safetensors_are_written_as_the_library_reads_them(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 5).T, "a": torch.arange(7), "half": torch.randn(4).bfloat16(), "one": torch.tensor(2.5),
+        "none": torch.empty(0, 3), "flag": torch.tensor([True, False]),
+    }  # fmt: skip
+    write_safetensors(tmp_path / "x.safetensors", tensors, {"format": "pt"})
+    for read in (load_file, read_weights):
+        back = read(tmp_path / "x.safetensors")
+        assert back.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor), name
+    (tmp_path / "y.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-3])
+    with pytest.raises(UserError, match="not a safetensors file that can be read"):
+        read_weights(tmp_path / "y.safetensors")
