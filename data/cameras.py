@@ -19,7 +19,7 @@ def orbit_camera(azimuth_deg: Tensor, elevation_deg: Tensor, distance: Tensor | 
 
     azimuth_deg, elevation_deg (-90, 90) exclusive, distance > 0: broadcastable to (...).  Returns c2w (..., 4, 4).
     """
-    azimuth, elevation, distance = torch.broadcast_tensors(
+    azimuth, elevation, away = torch.broadcast_tensors(
         *(torch.as_tensor(a, dtype=torch.get_default_dtype()) for a in (azimuth_deg, elevation_deg, distance))
     )
     a, e = torch.deg2rad(azimuth), torch.deg2rad(elevation)
@@ -28,7 +28,7 @@ def orbit_camera(azimuth_deg: Tensor, elevation_deg: Tensor, distance: Tensor | 
     up = torch.linalg.cross(backward, right)
     c2w = torch.zeros(*azimuth.shape, 4, 4, dtype=backward.dtype, device=backward.device)
     c2w[..., :3, 0], c2w[..., :3, 1], c2w[..., :3, 2] = right, up, backward
-    c2w[..., :3, 3] = backward * distance[..., None]
+    c2w[..., :3, 3] = backward * away[..., None]
     c2w[..., 3, 3] = 1
     return c2w
 

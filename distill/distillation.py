@@ -32,24 +32,6 @@ from models.checkpoint import MultiViewModel
 from models.multiview import predict_noise_output
 
 
-def choose_device(config: GenerateConfig) -> tuple[torch.device, torch.dtype]:
-    """Where to run, and the precision of the diffusion model there.  UserError when the device is not there."""
-    try:
-        device = (
-            torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            if config.device == "auto"
-            else torch.device(config.device)
-        )
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device={config.device} cannot be used ({str(error).splitlines()[0]}); use auto or cpu"
-        ) from None
-    if config.dtype == "auto":
-        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
-    return device, getattr(torch, config.dtype)
-
-
 @dataclass
 class CameraRanges:
     """Where cameras are drawn from: low and high."""

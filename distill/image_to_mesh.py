@@ -12,11 +12,12 @@ from omegaconf import OmegaConf
 from data.files import atomic_file, require_writable, write_json
 from data.processes import locked
 from distill.config import GenerateConfig
-from distill.distillation import camera_ranges, choose_device, distil
+from distill.distillation import camera_ranges, distil
 from distill.mesh import extract_mesh, save_glb
 from distill.snapshot import FILE, identity, load_snapshot, new_run
 from distill.turntable import save_turntable
 from models.checkpoint import load_export, read_info
+from models.device import choose_device
 from models.image_encoder import embed_image, load_reference_image
 
 
@@ -25,7 +26,7 @@ def image_to_mesh(config: GenerateConfig) -> None:
 
     UserError before anything is paid for when checkpoint, image, device or folder will not do.
     """
-    device, dtype = choose_device(config)
+    device, dtype = choose_device(config.device, config.dtype)
     read_info(config.checkpoint)
     image = load_reference_image(config.image)
     require_writable(config.out, needed_mb=64)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
@@ -87,7 +88,41 @@ def save_export(folder: str | Path, model: MultiViewModel) -> None:
         model.vae.save_pretrained(temporary / "vae")
         model.image_encoder.save_pretrained(temporary / "image_encoder")
         model.scheduler.save_pretrained(temporary / "scheduler")
-        write_json(temporary / "isotropic3d.json", {"format": FORMAT, **dataclasses.asdict(model.info)})
+        parts = {"unet": model.unet, "vae": model.vae, "image_encoder": model.image_encoder}
+        write_index(temporary, {name: type(part).__name__ for name, part in parts.items()}, model.info)
+
+
+def write_index(folder: Path, kinds: dict[str, str], info: ExportInfo) -> None:
+    """What diffusers reads first (which class stands in which folder), what we read first, and a card for people."""
+    index: dict[str, Any] = {
+        part: ["models" if kind in ("ClipImageEncoder", "PatchCodec") else "diffusers", kind]
+        for part, kind in kinds.items()
+    }
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    head = {"_class_name": "MultiViewPipeline", "_diffusers_version": diffusers.__version__, "camera": info.camera}
+    write_json(folder / "model_index.json", head | index)
+    write_json(folder / "isotropic3d.json", {"format": FORMAT, **dataclasses.asdict(info)})
+    (folder / "README.md").write_text(model_card(info))
+
+
+def model_card(info: ExportInfo) -> str:
+    return f"""---
+library_name: diffusers
+tags: [image-to-3d, multi-view, isotropic3d]
+---
+# A multi-view diffusion model
+
+Draws {info.num_views} views of {info.image_size} x {info.image_size} pixels of an object from one image's CLIP
+embedding, as in Isotropic3D (arXiv 2403.10395); stage {info.stage}, {info.step} steps.
+
+    from models import MultiViewPipeline
+
+    pipe = MultiViewPipeline.from_pretrained("this folder")
+    views = pipe(image, num_views={info.num_views}, elevations_deg={sum(info.elevation_deg) / 2:g}).images[0]
+
+Trained on elevations of {" to ".join(f"{end:g}" for end in info.elevation_deg)} degrees and fields of view of
+{" to ".join(f"{end:g}" for end in info.fov_deg)}; cameras in the convention "{info.camera}".
+"""
 
 
 def read_info(folder: str | Path) -> ExportInfo:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from data.files import UserError, atomic_folder, read_json, require_writable, write_json
+from data.files import UserError, atomic_folder, read_json, require_writable
 
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "image_encoder": "ClipImageEncoder"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -118,7 +118,7 @@ def original_settings(path: Path | None, head_dim: int | None) -> Settings:
 def to_diffusers(arguments: argparse.Namespace) -> None:
     """Maps all parts first, so that nothing is written for a file that lacks or holds what it should not."""
     # Imported here, so that --help and wrong paths do not wait for them.
-    from models.checkpoint import FORMAT, ExportInfo, make_scheduler
+    from models.checkpoint import ExportInfo, make_scheduler, write_index
     from models.released import PREFIXES, UNET
     from models.weights_file import read_weights, write_safetensors
 
@@ -156,8 +156,7 @@ def to_diffusers(arguments: argparse.Namespace) -> None:
             write_safetensors(temporary / part.name / WEIGHTS, part.tensors, {"format": "pt"})
         scheduler = make_scheduler(settings.prediction_type, False, settings.beta_start, settings.beta_end)
         scheduler.save_pretrained(temporary / "scheduler")
-        write_model_index(temporary, [part.name for part in parts])
-        write_json(temporary / "isotropic3d.json", {"format": FORMAT, **asdict(info)})
+        write_index(temporary, {part.name: PARTS[part.name] for part in parts}, info)
     print(f"wrote {arguments.out}")
 
 
@@ -300,18 +299,6 @@ def compare_schedule(source: Path, weights: Mapping[str, Any], settings: Setting
                 f"{source}: its noise schedule is not SD 2.1's ({len(theirs)} steps, the last {float(theirs[-1]):.5f} "
                 f"and not {float(ours[-1]):.5f}); give the original YAML with --config"
             )
-
-
-def write_model_index(folder: Path, parts: list[str]) -> None:
-    """What diffusers reads first: which class stands in which folder."""
-    from diffusers import __version__
-
-    ours = {"image_encoder": ["models", "ClipImageEncoder"]}
-    index = {part: ours.get(part, ["diffusers", PARTS[part]]) for part in parts}
-    index["scheduler"] = ["diffusers", "DDIMScheduler"]
-    write_json(
-        folder / "model_index.json", {"_class_name": "MultiViewPipeline", "_diffusers_version": __version__} | index
-    )
 
 
 def to_ldm(arguments: argparse.Namespace) -> None:

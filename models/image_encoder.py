@@ -177,11 +177,16 @@ def load_reference_image(path: str | Path) -> Tensor:
                 raise UserError(
                     f"image {path} is {picture.width} x {picture.height} pixels: too small to show an object"
                 )
-            rgba = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255
+            return picture_to_tensor(picture)
     except UserError:
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"image {path} is not a picture that can be read ({error}); give a PNG, JPEG or WebP") from None
+
+
+def picture_to_tensor(picture: Image.Image) -> Tensor:
+    """-> (3, H, W) in [0, 1], composited on white."""
+    rgba = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255
     return torch.from_numpy(composite_on_white(rgba)).permute(2, 0, 1).contiguous()
 
 

@@ -1,0 +1,22 @@
+"""Where inference runs."""
+
+from __future__ import annotations
+
+import torch
+
+from data.files import UserError
+
+
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """The device, and the precision of the diffusion model there.  UserError when the device is not there.
+
+    device: torch's name, or auto: CUDA where there is one.  dtype: float32, bfloat16, or auto: bfloat16 on CUDA.
+    """
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device} cannot be used ({str(error).splitlines()[0]}); use auto or cpu") from None
+    if dtype == "auto":
+        return chosen, torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    return chosen, getattr(torch, dtype)

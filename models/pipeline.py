@@ -1,0 +1,183 @@
+"""`MultiViewPipeline`: an image, or its embedding, to views, in diffusers' own terms.
+
+    from models import MultiViewPipeline
+    pipe = MultiViewPipeline.from_pretrained("runs/mine/stage2/export").to("cuda")
+    views = pipe(image, num_views=4).images[0]
+
+Shapes: B images, V views, D embedding width, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from data.cameras import orbit_camera
+from data.files import atomic_file
+from models.autoencoder import decode_latents
+from models.image_encoder import embed_image, picture_to_tensor
+from models.multiview import MultiViewAttention
+from models.sampling import sample_latents
+
+CARD = """---
+library_name: diffusers
+tags: [image-to-3d, multi-view, isotropic3d]
+---
+Draws views of an object from one image's CLIP embedding, as in Isotropic3D (arXiv 2403.10395):
+`MultiViewPipeline.from_pretrained("this folder")(image, num_views=4)`, with `from models import MultiViewPipeline`.
+"""
+
+
+@dataclass
+class MultiViewOutput(BaseOutput):
+    """images: for each input its V views; PIL, (B, V, H, W, 3) numpy, (B, V, 3, H, W) torch, or latents."""
+
+    images: Any
+
+
+class MultiViewPipeline(DiffusionPipeline):
+    """The UNet, autoencoder, image encoder and schedule of one checkpoint; any scheduler of diffusers fits.
+
+    camera: which convention the UNet's cameras follow (data.cameras.CONVENTIONS).
+    """
+
+    model_cpu_offload_seq = "image_encoder->unet->vae"
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012  the name and form that diffusers looks for
+
+    def __init__(self, unet: Any, vae: Any, image_encoder: Any, scheduler: SchedulerMixin, camera: str = "mvdream"):
+        super().__init__()
+        self.register_modules(unet=unet, vae=vae, image_encoder=image_encoder, scheduler=scheduler)
+        self.register_to_config(camera=camera)
+        unet.set_attn_processor(MultiViewAttention())
+
+    def encode_image(self, image: Any) -> Tensor:
+        """A picture or several -> context (B, 1, D).
+
+        PIL pictures (alpha composited on white), (B, H, W, 3) numpy or (B, 3, H, W) torch in [0, 1].
+        """
+        if isinstance(image, PIL.Image.Image):
+            image = [image]
+        if isinstance(image, np.ndarray):
+            image = torch.from_numpy(image).float().movedim(-1, -3)
+        if isinstance(image, Tensor):
+            images = list(image if image.ndim == 4 else image[None])
+        else:
+            images = [picture_to_tensor(picture) for picture in image]
+        if not images:
+            raise ValueError("image is empty; give at least one picture")
+        device = self._execution_device
+        return torch.cat([embed_image(self.image_encoder, picture[None].to(device)) for picture in images])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any = None,
+        image_embeds: Tensor | None = None,
+        azimuths_deg: Sequence[float] | Tensor | None = None,
+        elevations_deg: float | Sequence[float] | Tensor = 15.0,
+        num_views: int = 4,
+        guidance_scale: float = 5.0,
+        guidance_rescale: float = 0.0,
+        num_inference_steps: int = 50,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> MultiViewOutput | tuple[Any]:
+        """image or image_embeds (B, D) or (B, 1, D): exactly one of the two.
+
+        azimuths_deg: V numbers, 0 the front, growing counter-clockwise as seen from above; None: `num_views` equally
+        spaced ones from the front.  elevations_deg: one number or V.  guidance_scale 1 runs without guidance, in half
+        the time.  guidance_rescale: arXiv 2305.08891, eq. 15-16.  latents (B, V, C, h, w): the noise to start from.
+        output_type: pil, np, pt or latent.  callback_on_step_end(pipe, step, timestep, {"latents": ...}): diffusers'.
+        ValueError for arguments that do not fit together.
+        """
+        if (image is None) == (image_embeds is None):
+            raise ValueError("give either image or image_embeds")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} must be pil, np, pt or latent")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            known = self._callback_tensor_inputs
+            raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} are not among {known}")
+        c2w = cameras(azimuths_deg, elevations_deg, num_views)
+        context = self.encode_image(image) if image_embeds is None else image_embeds
+        context = context[:, None] if context.ndim == 2 else context
+        width = self.unet.config.cross_attention_dim
+        if context.ndim != 3 or context.shape[-1] != width:
+            raise ValueError(f"image_embeds of shape {tuple(context.shape)} must be (B, {width}) or (B, 1, {width})")
+        context = context.to(self._execution_device)
+
+        self._num_timesteps = num_inference_steps
+        with self.progress_bar(total=num_inference_steps) as progress:
+
+            def on_step(step: int, timestep: int, current: Tensor) -> Tensor:
+                progress.update()
+                if callback_on_step_end is None:
+                    return current
+                chosen = {"latents": current} if "latents" in callback_on_step_end_tensor_inputs else {}
+                return (callback_on_step_end(self, step, timestep, chosen) or {}).get("latents", current)
+
+            result = sample_latents(
+                self.unet,
+                self.scheduler,
+                context,
+                c2w.expand(len(context), -1, -1, -1),
+                guidance_scale=guidance_scale,
+                guidance_rescale=guidance_rescale,
+                steps=num_inference_steps,
+                eta=eta,
+                generator=generator,
+                latents=latents,
+                convention=self.config.camera,
+                on_step=on_step,
+            )
+        images: Any = result
+        if output_type != "latent":
+            images = decode_latents(self.vae, result.flatten(0, 1)).unflatten(0, result.shape[:2]).float().cpu()
+        if output_type in ("np", "pil"):
+            images = images.movedim(-3, -1).numpy()
+        if output_type == "pil":
+            images = [self.numpy_to_pil(views) for views in images]
+        self.maybe_free_model_hooks()
+        return MultiViewOutput(images) if return_dict else (images,)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As diffusers', with a model card where there is none."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if not card.exists():
+            with atomic_file(card) as temporary:
+                temporary.write_text(CARD)
+
+
+def cameras(
+    azimuths_deg: Sequence[float] | Tensor | None, elevations_deg: float | Sequence[float] | Tensor, num_views: int
+) -> Tensor:
+    """c2w (V, 4, 4) at distance 1: the conditioning tells no distance."""
+    if azimuths_deg is None:
+        if num_views < 1:
+            raise ValueError(f"num_views={num_views} must be at least 1")
+        azimuths = torch.arange(num_views) * (360.0 / num_views)
+    else:
+        azimuths = torch.as_tensor(azimuths_deg, dtype=torch.float32)
+    elevations = torch.as_tensor(elevations_deg, dtype=torch.float32)
+    if azimuths.ndim != 1 or not len(azimuths) or elevations.ndim > 1 or elevations.numel() not in (1, len(azimuths)):
+        raise ValueError(f"{azimuths.numel()} azimuths_deg and {elevations.numel()} elevations_deg do not make views")
+    if not bool(torch.isfinite(azimuths).all()) or not bool((elevations.abs() < 90).all()):
+        raise ValueError("azimuths_deg must be finite, and elevations_deg lie between -90 and 90, both exclusive")
+    return orbit_camera(azimuths, elevations.expand(len(azimuths)), torch.tensor(1.0))

@@ -1,0 +1,142 @@
+"""MultiViewPipeline as a user of diffusers meets it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from PIL import Image
+from test_checkpoint import small_model
+
+from data.cameras import orbit_camera
+from models import MultiViewPipeline
+from models.checkpoint import load_export, save_export
+from models.image_encoder import embed_image
+from models.sampling import sample_views
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "export"
+    save_export(folder, small_model())
+    return folder
+
+
+@pytest.fixture
+def pipe(folder: Path) -> MultiViewPipeline:
+    pipe = MultiViewPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(seed: int = 0, mode: str = "RGBA") -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 255, (40, 40, 4), dtype=np.uint8)
+    return Image.fromarray(noise).convert(mode)
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def test_an_export_is_a_pipeline_and_draws_what_sampling_draws(folder: Path, pipe: MultiViewPipeline) -> None:
+    assert isinstance(pipe, DiffusionPipeline)
+    model = load_export(folder)
+    image = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(1))
+    c2w = orbit_camera(torch.arange(4) * 90.0, torch.tensor(15.0), 1.0)[None].expand(2, 4, 4, 4)
+    expected = sample_views(model, embed_image(model.image_encoder, image), c2w, 3.0, 4, generator=seeded())
+    result = pipe(image, guidance_scale=3.0, num_inference_steps=4, generator=seeded(), output_type="pt")
+    torch.testing.assert_close(result.images, expected, atol=1e-6, rtol=0)
+
+
+def test_saved_and_loaded_it_draws_the_same(pipe: MultiViewPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "saved")
+    again = MultiViewPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.float32)
+    again.set_progress_bar_config(disable=True)
+    assert (tmp_path / "saved" / "README.md").is_file() and again.config.camera == "mvdream"
+    first, second = (
+        p(picture(), num_inference_steps=2, generator=seeded(), output_type="np").images for p in (pipe, again)
+    )
+    assert first.shape == (1, 4, 32, 32, 3) and np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_inputs_and_outputs(pipe: MultiViewPipeline, mode: str) -> None:
+    pictures = [picture(0, mode), picture(1, mode)]
+    result = pipe(pictures, num_views=3, num_inference_steps=1, guidance_scale=1.0)
+    assert len(result.images) == 2 and len(result.images[0]) == 3 and result.images[0][0].size == (32, 32)
+    (latents,) = pipe(pictures, num_inference_steps=1, output_type="latent", return_dict=False)
+    assert latents.shape == (2, 4, 6, 4, 4)
+    embedding = pipe.encode_image(pictures)
+    a, b = (
+        pipe(num_inference_steps=2, generator=seeded(), output_type="pt", **given).images
+        for given in ({"image": pictures}, {"image_embeds": embedding[:, 0]})
+    )
+    assert torch.equal(a, b)
+
+
+def test_generators_one_for_each_image(pipe: MultiViewPipeline) -> None:
+    pictures = [picture(0), picture(1)]
+    generators = [torch.Generator().manual_seed(n) for n in (5, 6)]
+    both = pipe(pictures, num_inference_steps=2, generator=generators, output_type="pt").images
+    alone = pipe(
+        pictures[1], num_inference_steps=2, generator=[torch.Generator().manual_seed(6)], output_type="pt"
+    ).images
+    torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=0)
+
+
+def test_poses(pipe: MultiViewPipeline) -> None:
+    """A full turn of azimuth changes nothing; another elevation does."""
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    first = pipe(picture(), azimuths_deg=[0, 120], generator=seeded(), **options).images
+    turned = pipe(picture(), azimuths_deg=[360, 480], generator=seeded(), **options).images
+    higher = pipe(picture(), azimuths_deg=[0, 120], elevations_deg=[15.0, 60.0], generator=seeded(), **options).images
+    torch.testing.assert_close(first, turned, atol=1e-4, rtol=0)
+    assert float((first - higher).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler],
+    ids=lambda s: s.__name__,
+)
+def test_any_scheduler(pipe: MultiViewPipeline, scheduler) -> None:
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    images = pipe(picture(), num_inference_steps=3, generator=seeded(), output_type="pt").images
+    assert images.shape == (1, 4, 3, 32, 32) and bool(torch.isfinite(images).all()) and float(images.std()) > 0
+
+
+def test_callback_sees_and_changes_the_latents(pipe: MultiViewPipeline) -> None:
+    seen = []
+
+    def callback(_, step: int, timestep: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append((step, timestep))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    result = pipe(picture(), num_inference_steps=3, callback_on_step_end=callback, output_type="latent")
+    assert [step for step, _ in seen] == [0, 1, 2] and seen[0][1] > seen[2][1]
+    assert float(result.images.abs().max()) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "either image or image_embeds"),
+        ({"image": picture(), "output_type": "jpg"}, "output_type='jpg'"),
+        ({"image": picture(), "num_views": 0}, "num_views=0"),
+        ({"image": picture(), "elevations_deg": 90}, "between -90 and 90"),
+        ({"image": picture(), "azimuths_deg": [0, 90], "elevations_deg": [0.0, 1.0, 2.0]}, "do not make views"),
+        ({"image": picture(), "azimuths_deg": [0, float("nan")]}, "must be finite"),
+        ({"image_embeds": torch.zeros(1, 7)}, "must be (B, 24) or (B, 1, 24)"),
+        ({"image": picture(), "latents": torch.zeros(1, 4, 6, 8, 8)}, "latents of shape"),
+        ({"image": picture(), "num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"image": picture(), "callback_on_step_end_tensor_inputs": ["x"]}, "are not among"),
+        ({"image": []}, "image is empty"),
+    ],
+)
+def test_arguments_that_do_not_fit(pipe: MultiViewPipeline, arguments, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        pipe(**arguments)
