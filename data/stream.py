@@ -33,8 +33,9 @@ def keyed_generator(seed: int, purpose: str, number: int) -> np.random.Generator
 @dataclass
 class Batch:
     images: Tensor  # (B, V, 3, H, W) in [-1, 1], on white
-    reference: Tensor  # (B, 3, H, W) in [0, 1], on white: a front view of the same object
+    references: Tensor  # (B, R, 3, H, W) in [0, 1], on white: front views of the same object; the first is embedded
     c2w: Tensor  # (B, V, 4, 4)
+    reference_c2w: Tensor  # (B, R, 4, 4)
     positions: list[int]  # in the stream
     keys: list[str]  # object uids
 
@@ -88,8 +89,9 @@ def require_views(meta: dict[str, Any]) -> None:
 class ViewDataset(Dataset[dict[str, Any]]):
     """Random access by stream position; opens nothing until asked, so workers can be forked or spawned."""
 
-    def __init__(self, shards: str | Path, image_size: int, num_views: int, seed: int):
+    def __init__(self, shards: str | Path, image_size: int, num_views: int, seed: int, num_references: int = 1):
         self.folder, self.image_size, self.num_views, self.seed = Path(shards), image_size, num_views, seed
+        self.num_references = num_references
         self.manifest: Manifest = read_manifest(self.folder)
         self.index = [(shard, sample) for shard in self.manifest.shards for sample in shard.samples]
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
@@ -102,18 +104,35 @@ class ViewDataset(Dataset[dict[str, Any]]):
         number = int(self._order[1][offset])
         members, meta = self.read(number)
         views = choose_views(meta, self.num_views, generator)
-        references = views_of(meta, "reference")
-        reference = references[generator.integers(len(references))]
+        references = self.choose_references(number, meta, generator)
         try:
             return {
                 "images": torch.stack([self.image(members, view) for view in views]) * 2 - 1,
-                "reference": self.image(members, reference),
+                "references": torch.stack([self.image(members, view) for view in references]),
                 "c2w": torch.tensor([view["c2w"] for view in views], dtype=torch.float32),
+                "reference_c2w": torch.tensor([view["c2w"] for view in references], dtype=torch.float32),
                 "position": position,
                 "key": meta["uid"],
             }
         except UserError as error:
             raise UserError(f"{self.where(number)}: {error}; copy the shard again, or pack the views again") from None
+
+    def choose_references(
+        self, number: int, meta: dict[str, Any], generator: np.random.Generator
+    ) -> list[dict[str, Any]]:
+        """Different ones, at random."""
+        there = views_of(meta, "reference")
+        if len(there) < self.num_references:
+            raise UserError(
+                f"{self.where(number)}: has {len(there)} reference views and model.ema.references="
+                f"{self.num_references}; render with more references, or use fewer"
+            )
+        first = int(generator.integers(len(there)))
+        others = [i for i in range(len(there)) if i != first]
+        if self.num_references > 1:
+            others = generator.choice(others, self.num_references - 1, replace=False).tolist()
+            return [there[first], *(there[i] for i in others)]
+        return [there[first]]
 
     def where(self, number: int) -> str:
         shard, sample = self.index[number]
@@ -164,8 +183,9 @@ class RankPositions(Sampler[list[int]]):
 def collate(items: list[dict[str, Any]]) -> Batch:
     return Batch(
         images=torch.stack([item["images"] for item in items]),
-        reference=torch.stack([item["reference"] for item in items]),
+        references=torch.stack([item["references"] for item in items]),
         c2w=torch.stack([item["c2w"] for item in items]),
+        reference_c2w=torch.stack([item["reference_c2w"] for item in items]),
         positions=[item["position"] for item in items],
         keys=[item["key"] for item in items],
     )

@@ -53,10 +53,34 @@ class ImageEncoderConfig:
 
 
 @dataclass
+class EmaConfig:
+    """Explicit Multi-view Attention (arXiv 2403.10395, sec. 3.2): how clean references meet the noisy views.
+
+    models/README.md has a table of what the paper says and what is left open.
+    """
+
+    references: int = 1  # clean views of the object that join; training only
+    timestep: str = "shared"  # the references': shared with the noisy views (ImageDream), or zero
+    camera: str = "zero"  # the references': zero (ImageDream), or own
+    reads_views: bool = True  # whether the references attend to the noisy views too, and not only to themselves
+    downscales: list[int] | None = None  # the resolutions in which they join: 1 the latent's own, 2 half ...; null: all
+
+    def __post_init__(self) -> None:
+        check(self.references >= 1, f"model.ema.references={self.references} must be at least 1")
+        check(self.timestep in ("shared", "zero"), f"model.ema.timestep={self.timestep} must be shared or zero")
+        check(self.camera in ("zero", "own"), f"model.ema.camera={self.camera} must be zero or own")
+        check(
+            self.downscales is None or all(d >= 1 and d & (d - 1) == 0 for d in self.downscales),
+            f"model.ema.downscales={self.downscales} must be null, or powers of 2 such as [1,2]",
+        )
+
+
+@dataclass
 class ModelConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     prediction_type: str = "epsilon"  # or "v_prediction"
     zero_terminal_snr: bool = False  # arXiv 2305.08891; needs v_prediction
 

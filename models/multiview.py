@@ -8,6 +8,7 @@ Shapes: B objects, V views, C latent channels, h w latent size, D embedding widt
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,18 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
-from models.config import UNetConfig
+from models.config import EmaConfig, UNetConfig
 
 CAMERA_FLOATS = 16
 
 
 class MultiViewAttention(AttnProcessor2_0):
-    """Self-attention over the tokens of all `num_views` views of an object; cross-attention stays per view."""
+    """Self-attention over the tokens of all views of an object; cross-attention stays per view.
+
+    Passed to the UNet as `cross_attention_kwargs`: num_views, the noisy views of an object; num_references, the clean
+    ones that stand after them in the batch; ema, how the two meet; latent_tokens, the tokens of a view at full
+    resolution (only needed where `ema.downscales` chooses levels).
+    """
 
     def __call__(  # type: ignore[override]
         self,
@@ -30,14 +36,29 @@ class MultiViewAttention(AttnProcessor2_0):
         encoder_hidden_states: Tensor | None = None,
         *args: Any,
         num_views: int = 1,
+        num_references: int = 0,
+        ema: EmaConfig | None = None,
+        latent_tokens: int = 0,
         **kwargs: Any,
     ) -> Tensor:
-        if encoder_hidden_states is not None or num_views == 1:
+        views = num_views + num_references
+        if encoder_hidden_states is not None or views == 1:
             return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
         images, tokens, channels = hidden_states.shape
-        assert images % num_views == 0, f"{images} images do not divide into objects of {num_views} views"
-        folded = hidden_states.reshape(images // num_views, num_views * tokens, channels)
-        return super().__call__(attn, folded, None, *args, **kwargs).reshape(images, tokens, channels)
+        assert images % views == 0, f"{images} images do not divide into objects of {views} views"
+        folded = hidden_states.reshape(images // views, views * tokens, channels)
+        attend = partial(super().__call__, attn)
+        if num_references == 0:
+            return attend(folded, None, *args, **kwargs).reshape(images, tokens, channels)
+        assert ema is not None, "references need a configuration of EMA"
+        targets, references = folded.split([num_views * tokens, num_references * tokens], dim=1)
+        if ema.downscales is not None and round((latent_tokens / tokens) ** 0.5) not in ema.downscales:
+            parts = attend(targets, None, *args, **kwargs), attend(references, None, *args, **kwargs)
+        elif not ema.reads_views:
+            parts = attend(targets, folded, *args, **kwargs), attend(references, None, *args, **kwargs)
+        else:
+            return attend(folded, None, *args, **kwargs).reshape(images, tokens, channels)
+        return torch.cat(parts, dim=1).reshape(images, tokens, channels)
 
 
 def build_unet(config: UNetConfig, latent_channels: int, latent_size: int) -> UNet2DConditionModel:
@@ -61,10 +82,19 @@ def build_unet(config: UNetConfig, latent_channels: int, latent_size: int) -> UN
     return unet
 
 
-def predict_noise_output(unet: Any, latents: Tensor, timesteps: Tensor, context: Tensor, camera: Tensor) -> Tensor:
+def predict_noise_output(
+    unet: Any,
+    latents: Tensor,
+    timesteps: Tensor,
+    context: Tensor,
+    camera: Tensor,
+    num_references: int = 0,
+    ema: EmaConfig | None = None,
+) -> Tensor:
     """Raw network output (epsilon or v, as the model was trained) for all views of each object.
 
     latents (B, V, C, h, w), timesteps (B,) or (B, V), context (B, 1, D), camera (B, V, 16) -> (B, V, C, h, w).
+    The last `num_references` of the V are clean references, which meet the others as `ema` says.
     """
     b, v = latents.shape[:2]
     assert context.shape[0] == b and camera.shape[:2] == (b, v), (latents.shape, context.shape, camera.shape)
@@ -74,40 +104,47 @@ def predict_noise_output(unet: Any, latents: Tensor, timesteps: Tensor, context:
     sample = latents.flatten(0, 1).to(dtype)
     if sample.dtype == torch.bfloat16:  # tensor cores and AMX want channels last; fp32 on CPUs does not
         sample = sample.contiguous(memory_format=torch.channels_last)
+    attention: dict[str, Any] = {"num_views": v - num_references}
+    if num_references:
+        tokens = latents.shape[-2] * latents.shape[-1]
+        attention |= {"num_references": num_references, "ema": ema, "latent_tokens": tokens}
     output = unet(
         sample,
         timesteps.reshape(-1),
         encoder_hidden_states=context.repeat_interleave(v, dim=0).to(dtype),
         class_labels=camera.flatten(0, 1).to(dtype),
-        cross_attention_kwargs={"num_views": v},
+        cross_attention_kwargs=attention,
         return_dict=False,
     )[0]
     return output.unflatten(0, (b, v)).to(latents.dtype)
 
 
-def predict_with_reference(
+def predict_with_references(
     unet: Any,
     latents: Tensor,
     timesteps: Tensor,
     context: Tensor,
     camera: Tensor,
-    reference: Tensor,
-    reference_timestep: str = "shared",
+    references: Tensor,
+    reference_camera: Tensor,
+    ema: EmaConfig,
 ) -> Tensor:
-    """EMA: the clean reference latent (B, C, h, w) joins the V noisy views; only the V targets' output is returned.
+    """EMA: clean reference latents (B, R, C, h, w) join the V noisy views; only the V targets' output is returned.
 
-    reference_timestep: "shared" gives the reference the noisy views' timestep, "zero" gives it 0.  Its camera vector is
-    all zeros (both not stated in the paper; "shared" and zeros are ImageDream's, arXiv 2312.02201, pixel controller).
-    Other arguments and the result as in `predict_noise_output`.
+    timesteps (B,), reference_camera (B, R, 16); other arguments and the result as in `predict_noise_output`.  With
+    R = 0 it is plain multi-view attention.
     """
     assert timesteps.ndim == 1, timesteps.shape
-    own = timesteps if reference_timestep == "shared" else torch.zeros_like(timesteps)
-    views = latents.shape[1]
+    views, count = latents.shape[1], references.shape[1]
+    own = timesteps if ema.timestep == "shared" else torch.zeros_like(timesteps)
+    told = reference_camera if ema.camera == "own" else torch.zeros_like(reference_camera)
     output = predict_noise_output(
         unet,
-        torch.cat([latents, reference[:, None]], dim=1),
-        torch.cat([timesteps[:, None].expand(-1, views), own[:, None]], dim=1),
+        torch.cat([latents, references], dim=1),
+        torch.cat([timesteps[:, None].expand(-1, views), own[:, None].expand(-1, count)], dim=1),
         context,
-        torch.cat([camera, torch.zeros_like(camera[:, :1])], dim=1),
+        torch.cat([camera, told], dim=1),
+        count,
+        ema,
     )
     return output[:, :views]

@@ -30,7 +30,6 @@ class DataConfig:
 class ObjectiveConfig:
     single_view_probability: float = 0.3  # share of steps on branch a: views apart, camera vector zero (MVDream: 0.3)
     reference_probability: float = 0.0  # share of multi-view steps with the clean reference in attention; stage 2 only
-    reference_timestep: str = "shared"  # the reference's timestep: shared with the noisy views (ImageDream), or zero
     condition_dropout: float = 0.1  # share of objects whose embedding becomes zeros (ImageDream)
     min_snr_gamma: float | None = None  # loss weight min(SNR, gamma) / SNR (arXiv 2303.09556); null weighs all alike
 
@@ -38,10 +37,6 @@ class ObjectiveConfig:
         for name in ("single_view_probability", "reference_probability", "condition_dropout"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"objective.{name}={value} must lie between 0 and 1")
-        check(
-            self.reference_timestep in ("shared", "zero"),
-            f"objective.reference_timestep={self.reference_timestep} must be shared or zero",
-        )
         gamma = self.min_snr_gamma
         check(gamma is None or gamma > 0, f"objective.min_snr_gamma={gamma} must be positive, or null")
 
@@ -154,6 +149,11 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             check(value >= 1, f"{name}={value} must be at least 1")
+        levels = [2**level for level in range(len(self.model.unet.block_out_channels))]
+        check(
+            self.model.ema.downscales is None or set(self.model.ema.downscales) <= set(levels),
+            f"model.ema.downscales={self.model.ema.downscales} names resolutions that the UNet has not: {levels}",
+        )
         downscale = self.model.autoencoder.downscale
         blocks = 2 ** (len(self.model.unet.block_out_channels) - 1)
         check(

@@ -66,7 +66,7 @@ def training_cost(config: TrainConfig, networks: Networks) -> tuple[float, float
     kept for the backward pass.
     """
     auto = config.model.autoencoder
-    views = config.data.num_views + (1 if config.objective.reference_probability > 0 else 0)
+    views = config.data.num_views + (config.model.ema.references if config.objective.reference_probability > 0 else 0)
     size = config.data.image_size // auto.downscale
     meta: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
     kept: dict[int, Any] = {}

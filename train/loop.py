@@ -80,8 +80,9 @@ def run_to_the_end(config: TrainConfig) -> None:
                 batch = next(run.batches)
                 waited += time.monotonic() - asked
                 loss = training_loss(
-                    engine, run.encoders, run.model.scheduler, batch, branch, config.objective, shape, config.seed
-                ).mean()
+                    engine, run.encoders, run.model.scheduler, batch, branch, config.objective, config.model.ema,
+                    shape, config.seed,
+                ).mean()  # fmt: skip
                 engine.backward(loss)
                 engine.step()
                 losses.setdefault(branch, []).append(loss.detach())
@@ -146,7 +147,9 @@ def set_up(config: TrainConfig) -> Run | None:
             "format; give its folder, or model.unet.from_scratch=true"
         )
     die_with_parent()
-    dataset = ViewDataset(config.data.shards, config.data.image_size, config.data.num_views, config.seed)
+    dataset = ViewDataset(
+        config.data.shards, config.data.image_size, config.data.num_views, config.seed, config.model.ema.references
+    )
     _ = dataset[0]  # so that views that do not fit are named before anything is built
     print_main(f"stage {config.stage}: {len(dataset.index)} objects; loading the networks")
     vae, image_encoder = frozen_parts(config)

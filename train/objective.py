@@ -19,8 +19,9 @@ from torch import Tensor
 from data.cameras import camera_conditioning
 from data.stream import Batch, keyed_generator
 from models.autoencoder import encode_images
+from models.config import EmaConfig
 from models.image_encoder import ClipImageEncoder, embed_image
-from models.multiview import predict_noise_output, predict_with_reference
+from models.multiview import predict_noise_output, predict_with_references
 from train.config import ObjectiveConfig
 
 SINGLE, MULTI, REFERENCE = "single", "multi", "reference"
@@ -40,7 +41,7 @@ class Draws:
 
     timesteps: Tensor  # (B,) int64: one for all views of an object
     noise: Tensor  # (B, V, C, h, w)
-    posterior: Tensor  # (B, V + 1, C, h, w): the autoencoder's own draw, for the views and the reference
+    posterior: Tensor  # (B, V + R, C, h, w): the autoencoder's own draw, for the views and the references
     drop: Tensor  # (B,) bool: condition dropped
 
 
@@ -52,7 +53,9 @@ def choose_branch(config: ObjectiveConfig, seed: int, step: int) -> str:
     return REFERENCE if reference < config.reference_probability else MULTI
 
 
-def draw(config: ObjectiveConfig, seed: int, positions: list[int], shape: tuple[int, ...], steps: int) -> Draws:
+def draw(
+    config: ObjectiveConfig, seed: int, positions: list[int], shape: tuple[int, ...], steps: int, references: int = 1
+) -> Draws:
     """One object's draws depend on (seed, its position in the stream) alone.  shape (V, C, h, w)."""
     timesteps, noise, posterior, drop = [], [], [], []
     for position in positions:
@@ -60,8 +63,8 @@ def draw(config: ObjectiveConfig, seed: int, positions: list[int], shape: tuple[
         timesteps.append(int(generator.integers(steps)))
         drop.append(bool(generator.random() < config.condition_dropout))
         noise.append(torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)))
-        with_reference = (shape[0] + 1, *shape[1:])
-        posterior.append(torch.from_numpy(generator.standard_normal(with_reference, dtype=np.float32)))
+        with_references = (shape[0] + references, *shape[1:])
+        posterior.append(torch.from_numpy(generator.standard_normal(with_references, dtype=np.float32)))
     return Draws(torch.tensor(timesteps), torch.stack(noise), torch.stack(posterior), torch.tensor(drop))
 
 
@@ -81,19 +84,20 @@ def training_loss(
     batch: Batch,
     branch: str,
     config: ObjectiveConfig,
+    ema: EmaConfig,
     latent_shape: tuple[int, int, int],
     seed: int,
 ) -> Tensor:
-    """Loss of each object, (B,), in float32.  The reference view's prediction is cut off before it."""
-    b, v = batch.images.shape[:2]
+    """Loss of each object, (B,), in float32.  The references' prediction is cut off before it."""
+    (b, v), r = batch.images.shape[:2], batch.references.shape[1]
     device = next(unet.parameters()).device
     with torch.no_grad():
-        draws = draw(config, seed, batch.positions, (v, *latent_shape), scheduler.config.num_train_timesteps)
+        draws = draw(config, seed, batch.positions, (v, *latent_shape), scheduler.config.num_train_timesteps, r)
         timesteps, noise, posterior = draws.timesteps.to(device), draws.noise.to(device), draws.posterior.to(device)
         latents = encode_images(
             encoders.vae, batch.images.flatten(0, 1).to(device), noise=posterior[:, :v].flatten(0, 1)
         ).unflatten(0, (b, v))
-        context = embed_image(encoders.image_encoder, batch.reference.to(device))
+        context = embed_image(encoders.image_encoder, batch.references[:, 0].to(device))
         context = context * (~draws.drop.to(device))[:, None, None]  # unconditional = zeros, as in the released code
         per_view = timesteps.repeat_interleave(v)
         noisy = scheduler.add_noise(latents.flatten(0, 1), noise.flatten(0, 1), per_view).unflatten(0, (b, v))
@@ -103,7 +107,10 @@ def training_loss(
             target = scheduler.get_velocity(latents.flatten(0, 1), noise.flatten(0, 1), per_view).unflatten(0, (b, v))
         camera = camera_conditioning(batch.c2w.to(device))
         if branch == REFERENCE:
-            reference = encode_images(encoders.vae, batch.reference.to(device) * 2 - 1, noise=posterior[:, v])
+            references = encode_images(
+                encoders.vae, batch.references.flatten(0, 1).to(device) * 2 - 1, noise=posterior[:, v:].flatten(0, 1)
+            ).unflatten(0, (b, r))
+            reference_camera = camera_conditioning(batch.reference_c2w.to(device))
 
     if branch == SINGLE:  # each view its own object, camera vector zero (MVDream's 2D batches)
         flat = noisy.flatten(0, 1)[:, None]
@@ -111,7 +118,7 @@ def training_loss(
             unet, flat, per_view, context.repeat_interleave(v, 0), torch.zeros_like(camera).flatten(0, 1)[:, None]
         ).reshape(noisy.shape)
     elif branch == REFERENCE:
-        output = predict_with_reference(unet, noisy, timesteps, context, camera, reference, config.reference_timestep)
+        output = predict_with_references(unet, noisy, timesteps, context, camera, references, reference_camera, ema)
     else:
         output = predict_noise_output(unet, noisy, timesteps, context, camera)
 

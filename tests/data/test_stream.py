@@ -81,7 +81,7 @@ def test_batches_go_on_from_any_step(shards: Path, workers: int) -> None:
     resumed = list(itertools.islice(micro_batches(dataset, 4, 2, 1, 2, 2, workers), 4))
     for a, b in zip(quiet[2:], resumed, strict=True):
         assert a.keys == b.keys and a.positions == b.positions
-        assert torch.equal(a.images, b.images) and torch.equal(a.reference, b.reference)
+        assert torch.equal(a.images, b.images) and torch.equal(a.references, b.references)
 
 
 def test_every_object_once_an_epoch(shards: Path) -> None:
@@ -98,7 +98,12 @@ def test_what_a_sample_holds(shards: Path) -> None:
     assert sample["images"].shape == (2, 3, 8, 8) and sample["c2w"].shape == (2, 4, 4)
     number = int(sample["key"][1:])
     assert torch.allclose(sample["images"][:, 0], torch.tensor(30 * number / 255 * 2 - 1))
-    assert sample["reference"].shape == (3, 8, 8) and float(sample["reference"][1, 0, 0] * 255) >= 160
+    assert sample["references"].shape == (1, 3, 8, 8) and float(sample["references"][0, 1, 0, 0] * 255) >= 160
+    both = ViewDataset(shards, image_size=8, num_views=2, seed=0, num_references=2)[5]
+    assert torch.equal(both["references"][0], sample["references"][0]), "more references leave the first one alone"
+    assert not torch.equal(both["references"][0], both["references"][1]) and both["reference_c2w"].shape == (2, 4, 4)
+    with pytest.raises(UserError, match=r"has 2 reference views and model\.ema\.references=3"):
+        _ = ViewDataset(shards, image_size=8, num_views=2, seed=0, num_references=3)[5]
 
 
 def test_views_are_equally_spaced_and_of_one_ring() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.config import UNetConfig
-from models.multiview import build_unet, predict_noise_output, predict_with_reference
+from models.config import EmaConfig, UNetConfig
+from models.multiview import build_unet, predict_noise_output, predict_with_references
 
 
 @pytest.fixture(scope="module")
@@ -67,45 +67,112 @@ def test_folding_equals_attention_over_concatenated_views(unet) -> None:
         torch.testing.assert_close(folded[4 * o : 4 * o + 4].flatten(0, 1), expected, atol=1e-5, rtol=1e-4)
 
 
+DESIGNS = {
+    "paper": EmaConfig(),
+    "zero timestep": EmaConfig(timestep="zero"),
+    "own camera": EmaConfig(camera="own"),
+    "reads itself only": EmaConfig(reads_views=False),
+    "coarse only": EmaConfig(downscales=[2]),
+    "three references": EmaConfig(references=3, camera="own"),
+    "all at once": EmaConfig(2, "zero", "own", False, [1]),
+}
+
+
+def references(ema: EmaConfig) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "references": torch.randn(2, ema.references, 4, 8, 8, generator=generator),
+        "reference_camera": torch.randn(2, ema.references, 16, generator=generator),
+    }
+
+
+designs = pytest.mark.parametrize("ema", DESIGNS.values(), ids=DESIGNS.keys())
+
+
+@designs
 @torch.no_grad()
-def test_target_views_are_equivariant_under_permutation(unet) -> None:
-    x = inputs()
-    reference = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+def test_target_views_are_equivariant_under_permutation(unet, ema: EmaConfig) -> None:
+    x, given = inputs(), references(ema)
     order = torch.tensor([2, 0, 3, 1])
-    straight = predict_with_reference(unet, **x, reference=reference)
-    permuted = predict_with_reference(
-        unet,
-        **{**x, "latents": x["latents"][:, order], "camera": x["camera"][:, order]},
-        reference=reference,
+    straight = predict_with_references(unet, **x, **given, ema=ema)
+    permuted = predict_with_references(
+        unet, **{**x, "latents": x["latents"][:, order], "camera": x["camera"][:, order]}, **given, ema=ema
     )
     torch.testing.assert_close(permuted, straight[:, order], atol=1e-5, rtol=1e-4)
 
 
+@designs
 @torch.no_grad()
-def test_the_reference_informs_the_targets(unet) -> None:
-    x = inputs()
-    reference = torch.zeros(2, 4, 8, 8)
-    a = predict_with_reference(unet, **x, reference=reference)
-    b = predict_with_reference(unet, **x, reference=reference + 1)
+def test_references_inform_the_targets(unet, ema: EmaConfig) -> None:
+    x, given = inputs(), references(ema)
+    a = predict_with_references(unet, **x, **given, ema=ema)
+    b = predict_with_references(unet, **x, **(given | {"references": given["references"] + 1}), ema=ema)
     assert a.shape == x["latents"].shape
     assert (a - b).abs().flatten(2).amax(dim=2).min() > 1e-4
-    zero = predict_with_reference(unet, **x, reference=reference, reference_timestep="zero")
-    assert (a - zero).abs().max() > 1e-5
 
 
-def test_reference_gradients_equal_a_naive_concatenation(unet) -> None:
+@torch.no_grad()
+def test_every_choice_matters(unet) -> None:
     x = inputs()
-    reference = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    outputs = []
+    for ema in DESIGNS.values():
+        given = {name: tensor[:, : ema.references] for name, tensor in references(EmaConfig(3)).items()}
+        outputs.append(predict_with_references(unet, **x, **given, ema=ema))
+    for i, first in enumerate(outputs):
+        for second in outputs[i + 1 :]:
+            assert float((first - second).abs().max()) > 1e-5
+
+
+@torch.no_grad()
+def test_without_references_it_is_multi_view_attention_exactly(unet) -> None:
+    x = inputs()
+    plain = predict_noise_output(unet, **x)
+    for ema in DESIGNS.values():
+        none = {name: tensor[:, :0] for name, tensor in references(ema).items()}
+        assert torch.equal(predict_with_references(unet, **x, **none, ema=ema), plain)
+
+
+@torch.no_grad()
+def test_references_that_do_not_read_do_not_depend_on_the_views(unet) -> None:
+    """Their own prediction, which training cuts off, shows what they have seen."""
+    x, given = inputs(), references(EmaConfig())
+
+    def of_reference(ema: EmaConfig, latents: torch.Tensor) -> torch.Tensor:
+        joined = torch.cat([latents, given["references"]], dim=1)
+        camera = torch.cat([x["camera"], given["reference_camera"]], dim=1)
+        return predict_noise_output(unet, joined, x["timesteps"], x["context"], camera, 1, ema)[:, 4:]
+
+    for reads, changes in ((True, True), (False, False)):
+        ema = EmaConfig(reads_views=reads)
+        difference = (of_reference(ema, x["latents"]) - of_reference(ema, x["latents"] + 1)).abs().max()
+        assert (float(difference) > 1e-4) == changes
+
+
+@torch.no_grad()
+def test_levels_that_take_no_part_do_not_mix(unet) -> None:
+    """At the full resolution a stranger's tokens must not change the targets' attention; at half they must."""
+    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    tokens = torch.randn(5, 64, 32, generator=torch.Generator().manual_seed(2))
+    other = torch.cat([tokens[:4], tokens[4:] + 1])
+    for downscales, alike in (([2], True), ([1], False), (None, False)):
+        keywords = {"num_views": 4, "num_references": 1, "ema": EmaConfig(downscales=downscales), "latent_tokens": 64}
+        same = torch.allclose(attn(tokens, **keywords)[:4], attn(other, **keywords)[:4], atol=1e-6)
+        assert same == alike
+
+
+def test_gradients_equal_a_naive_concatenation(unet) -> None:
+    x, ema = inputs(), EmaConfig()
+    given = references(ema)
 
     def gradients(output: torch.Tensor) -> list[torch.Tensor]:
         unet.zero_grad()
         output.square().sum().backward()
         return [p.grad.clone() for p in unet.parameters() if p.grad is not None]
 
-    ours = gradients(predict_with_reference(unet, **x, reference=reference))
+    ours = gradients(predict_with_references(unet, **x, **given, ema=ema))
     joined = predict_noise_output(
         unet,
-        torch.cat([x["latents"], reference[:, None]], dim=1),
+        torch.cat([x["latents"], given["references"]], dim=1),
         x["timesteps"],
         x["context"],
         torch.cat([x["camera"], torch.zeros(2, 1, 16)], dim=1),

@@ -11,13 +11,21 @@ from data.cameras import orbit_camera
 from data.stream import Batch
 from models.autoencoder import fit_patch_codec
 from models.checkpoint import make_scheduler
-from models.config import UNetConfig
+from models.config import EmaConfig, UNetConfig
 from models.image_encoder import ClipImageEncoder
 from models.multiview import build_unet
 from train.config import ObjectiveConfig
 from train.objective import MULTI, REFERENCE, SINGLE, Encoders, choose_branch, draw, snr_weight, training_loss
 
 LATENT = (6, 4, 4)
+EMA_DESIGNS = [
+    EmaConfig(),
+    EmaConfig(timestep="zero"),
+    EmaConfig(camera="own"),
+    EmaConfig(reads_views=False),
+    EmaConfig(downscales=[2]),
+    EmaConfig(references=3, camera="own", reads_views=False),
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,24 +37,31 @@ def networks():
     return unet, Encoders(codec, ClipImageEncoder(24, vision).requires_grad_(False).eval())
 
 
-def batch(positions: list[int]) -> Batch:
+def batch(positions: list[int], references: int = 1) -> Batch:
     generator = torch.Generator().manual_seed(9)
     count = len(positions)
     return Batch(
         images=torch.rand(count, 4, 3, 32, 32, generator=generator) * 2 - 1,
-        reference=torch.rand(count, 3, 32, 32, generator=generator),
+        references=torch.rand(count, references, 3, 32, 32, generator=generator),
+        reference_c2w=orbit_camera(torch.arange(references) * 15.0, torch.tensor(5.0), 2.0).expand(count, -1, 4, 4),
         c2w=orbit_camera(torch.arange(4) * 90.0, torch.tensor(10.0), torch.tensor(2.0)).expand(count, 4, 4, 4),
         positions=positions,
         keys=[str(p) for p in positions],
     )
 
 
-def loss(networks, branch: str, config: ObjectiveConfig | None = None, positions=(3, 8), prediction="v_prediction"):
+def loss(
+    networks,
+    branch: str,
+    config: ObjectiveConfig | None = None,
+    positions=(3, 8),
+    prediction="v_prediction",
+    ema: EmaConfig = EmaConfig(),  # noqa: B008  never changed
+):
     unet, encoders = networks
     scheduler = make_scheduler(prediction, zero_terminal_snr=prediction == "v_prediction")
-    return training_loss(
-        unet, encoders, scheduler, batch(list(positions)), branch, config or ObjectiveConfig(), LATENT, 0
-    )
+    data = batch(list(positions), ema.references)
+    return training_loss(unet, encoders, scheduler, data, branch, config or ObjectiveConfig(), ema, LATENT, 0)
 
 
 def test_draws_depend_on_position_alone() -> None:
@@ -101,16 +116,26 @@ def test_a_network_that_knows_the_target_has_no_loss(networks) -> None:
             self.conv_in = torch.nn.Conv2d(1, 1, 1)
 
         def forward(self, sample, timesteps, cross_attention_kwargs, **_):
-            views = cross_attention_kwargs["num_views"]
-            output = torch.full((2, views, *LATENT), 1e6)  # whatever the network says of the reference
+            views = cross_attention_kwargs["num_views"] + cross_attention_kwargs["num_references"]
+            output = torch.full((2, views, *LATENT), 1e6)  # whatever the network says of the references
             output[:, :4] = drawn.noise
             return (output.flatten(0, 1),)
 
     scheduler = make_scheduler("epsilon", zero_terminal_snr=False)
-    value = training_loss(
-        Oracle(), encoders, scheduler, batch([3, 8]), REFERENCE, ObjectiveConfig(condition_dropout=0), LATENT, 0
-    )
-    assert value.tolist() == [0, 0]
+    config = ObjectiveConfig(condition_dropout=0)
+    for ema in EMA_DESIGNS:
+        data = batch([3, 8], ema.references)
+        value = training_loss(Oracle(), encoders, scheduler, data, REFERENCE, config, ema, LATENT, 0)
+        assert value.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("ema", EMA_DESIGNS)
+def test_every_ema_design_trains(networks, ema: EmaConfig) -> None:
+    unet, _ = networks
+    unet.zero_grad()
+    value = loss(networks, REFERENCE, ema=ema)
+    value.mean().backward()
+    assert torch.isfinite(value).all() and float(unet.conv_in.weight.grad.abs().sum()) > 0
 
 
 def test_single_views_do_not_see_each_other(networks) -> None:
@@ -124,7 +149,7 @@ def test_single_views_do_not_see_each_other(networks) -> None:
         seen = []
         handle = unet.register_forward_hook(lambda m, a, out: seen.append(out[0]))
         with torch.no_grad():
-            training_loss(unet, encoders, scheduler, data, branch, ObjectiveConfig(), LATENT, 0)
+            training_loss(unet, encoders, scheduler, data, branch, ObjectiveConfig(), EmaConfig(), LATENT, 0)
         handle.remove()
         return seen[0]
 
