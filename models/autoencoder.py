@@ -97,6 +97,11 @@ def autoencoder_kind(folder: str | Path) -> Any:
     return kinds[name]
 
 
+def downscale_of(vae: Any) -> int:
+    """Pixels per latent cell and side."""
+    return int(vae.config.get("patch_size") or 2 ** (len(vae.config["block_out_channels"]) - 1))
+
+
 def encode_images(vae: Any, images: Tensor, sample: bool = True, noise: Tensor | None = None) -> Tensor:
     """images (N, 3, H, W) in [-1, 1] -> latents (N, C, h, w) times the scaling factor; differentiable.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data.cameras import orbit_camera
 from data.files import atomic_file
-from models.autoencoder import decode_latents
+from models.autoencoder import decode_latents, downscale_of
 from models.image_encoder import embed_image, picture_to_tensor
 from models.multiview import MultiViewAttention
 from models.sampling import sample_latents
@@ -92,6 +92,7 @@ class MultiViewPipeline(DiffusionPipeline):
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        image_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
@@ -102,6 +103,7 @@ class MultiViewPipeline(DiffusionPipeline):
         azimuths_deg: V numbers, 0 the front, growing counter-clockwise as seen from above; None: `num_views` equally
         spaced ones from the front.  elevations_deg: one number or V.  guidance_scale 1 runs without guidance, in half
         the time.  guidance_rescale: arXiv 2305.08891, eq. 15-16.  latents (B, V, C, h, w): the noise to start from.
+        image_size: pixels a side of the views; None: as trained.
         output_type: pil, np, pt or latent.  callback_on_step_end(pipe, step, timestep, {"latents": ...}): diffusers'.
         ValueError for arguments that do not fit together.
         """
@@ -114,6 +116,9 @@ class MultiViewPipeline(DiffusionPipeline):
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             known = self._callback_tensor_inputs
             raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} are not among {known}")
+        step = downscale_of(self.vae) * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if image_size is not None and (image_size < step or image_size % step):
+            raise ValueError(f"image_size={image_size} must be a multiple of {step}")
         c2w = cameras(azimuths_deg, elevations_deg, num_views)
         context = self.encode_image(image) if image_embeds is None else image_embeds
         context = context[:, None] if context.ndim == 2 else context
@@ -143,6 +148,7 @@ class MultiViewPipeline(DiffusionPipeline):
                 eta=eta,
                 generator=generator,
                 latents=latents,
+                latent_size=None if image_size is None else image_size // downscale_of(self.vae),
                 convention=self.config.camera,
                 on_step=on_step,
             )

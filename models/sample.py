@@ -26,6 +26,7 @@ class SampleConfig:
     out: str = MISSING  # folder for the views; must not hold views yet
     num_views: int = 4  # equally spaced in azimuth, the first from the front
     azimuths_deg: list[float] | None = None  # instead of num_views: 0 the front, counter-clockwise as seen from above
+    image_size: int | None = None  # pixels a side of the views; null: as trained
     elevations_deg: list[float] = field(default_factory=lambda: [15.0])  # one for all views, or one each
     guidance_scale: float = 5.0  # 1 runs without guidance, in half the time
     guidance_rescale: float = 0.0  # arXiv 2305.08891, eq. 15-16
@@ -98,10 +99,14 @@ def draw(config: SampleConfig, paths: list[Path], images: list[Any], device: Any
 
     from data.cameras import camera_conditioning
     from data.progress import Progress
+    from models.autoencoder import downscale_of
     from models.checkpoint import load_export
     from models.pipeline import MultiViewPipeline, cameras
 
     model = load_export(config.checkpoint, device, dtype)
+    step = downscale_of(model.vae) * 2 ** (len(model.unet.config.block_out_channels) - 1)
+    if config.image_size is not None and (config.image_size < step or config.image_size % step):
+        raise UserError(f"image_size={config.image_size} must be a multiple of {step} for {config.checkpoint}")
     pipe = MultiViewPipeline(model.unet, model.vae, model.image_encoder, model.scheduler, model.info.camera)
     pipe.set_progress_bar_config(disable=True)
     c2w = cameras(config.azimuths_deg, config.elevations_deg, config.num_views)
@@ -121,6 +126,7 @@ def draw(config: SampleConfig, paths: list[Path], images: list[Any], device: Any
                 azimuths_deg=config.azimuths_deg,
                 elevations_deg=config.elevations_deg,
                 num_views=config.num_views,
+                image_size=config.image_size,
                 guidance_scale=config.guidance_scale,
                 guidance_rescale=config.guidance_rescale,
                 num_inference_steps=config.steps,

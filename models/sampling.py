@@ -34,6 +34,7 @@ def sample_latents(
     eta: float = 0.0,
     generator: Generators = None,
     latents: Tensor | None = None,
+    latent_size: int | None = None,
     convention: str = "mvdream",
     on_step: Callable[[int, int, Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -42,12 +43,13 @@ def sample_latents(
     guidance_scale 1 runs the conditional network alone; the unconditional context is zeros.  guidance_rescale: share of
     the rescaling that gives the guided prediction the conditional one's spread (arXiv 2305.08891, eq. 15-16).
     eta: DDIM's share of fresh noise, where the scheduler knows it.  latents: the standard normal noise to start from.
+    latent_size: another h = w than the UNet was trained at; nothing in it depends on position.
     on_step(index, timestep, latents) returns the latents to go on with.
     """
     weight = next(unet.parameters())
     camera = camera_conditioning(c2w, convention).to(weight.device)
     context = context.to(weight.device)
-    size = unet.config.sample_size
+    size = latent_size or unet.config.sample_size
     shape = (*c2w.shape[:2], unet.config.in_channels, size, size)
     if latents is None:
         latents = randn_tensor(shape, generator=generator, device=weight.device, dtype=torch.float32)

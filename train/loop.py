@@ -20,7 +20,7 @@ from data.processes import die_with_parent, locked
 from data.progress import Progress
 from data.shards import Cameras
 from data.stream import Batch, ViewDataset, micro_batches
-from models.autoencoder import load_autoencoder
+from models.autoencoder import downscale_of, load_autoencoder
 from models.checkpoint import ExportInfo, MultiViewModel, load_unet, make_scheduler, read_info, save_export
 from models.image_encoder import ClipImageEncoder, load_image_encoder
 from models.multiview import build_unet
@@ -236,10 +236,9 @@ def frozen_parts(config: TrainConfig) -> tuple[Any, ClipImageEncoder]:
 def require_fitting_parts(config: TrainConfig, vae: Any, image_encoder: Any) -> None:
     """UserError when the frozen networks do not fit what `model` says of them."""
     described, codec = config.model.autoencoder, vae.config
-    downscale = codec.get("patch_size") or 2 ** (len(codec["block_out_channels"]) - 1)
     for key, said, found in (
         ("model.autoencoder.latent_channels", described.latent_channels, codec["latent_channels"]),
-        ("model.autoencoder.downscale", described.downscale, downscale),
+        ("model.autoencoder.downscale", described.downscale, downscale_of(vae)),
         ("model.unet.cross_attention_dim", config.model.unet.cross_attention_dim, image_encoder.config["embed_dim"]),
     ):
         if said != found:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.files import UserError
+from models import MultiViewPipeline
 from models.autoencoder import decode_latents, encode_images, load_autoencoder
 from models.checkpoint import load_unet, read_info
 from models.convert import main, schedule_buffers
@@ -81,7 +82,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def folder(source: Path) -> Path:
     out = source.parent / "converted"
-    done = convert(source, out, "--head-dim", 32, "--clip-head-width", 32)
+    done = convert(source, out, "--head-dim", 32, "--clip-head-width", 32, "--image-size", 64)
     assert done.returncode == 0, done.stderr
     assert "690 tensors" in done.stdout and "248 tensors" in done.stdout
     assert "dropped   cond_stage_model.model.token_embedding" in done.stdout
@@ -246,6 +247,13 @@ def test_files_that_are_not_what_they_say(tmp_path: Path, make, words: str) -> N
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
     assert not (ROOT / "executed").exists() and not (tmp_path / "executed").exists()
+
+
+def test_a_converted_checkpoint_draws_views(folder: Path) -> None:
+    pipe = MultiViewPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(torch.rand(1, 3, 50, 50), num_views=2, num_inference_steps=2, output_type="pt").images
+    assert images.shape == (1, 2, 3, 64, 64) and bool(torch.isfinite(images).all())
 
 
 def test_what_may_be_missing_is_named(source: Path, folder: Path, tmp_path: Path) -> None:

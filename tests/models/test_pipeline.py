@@ -109,6 +109,11 @@ def test_any_scheduler(pipe: MultiViewPipeline, scheduler) -> None:
     assert images.shape == (1, 4, 3, 32, 32) and bool(torch.isfinite(images).all()) and float(images.std()) > 0
 
 
+def test_other_sizes_and_numbers_of_views(pipe: MultiViewPipeline) -> None:
+    images = pipe(picture(), num_views=7, image_size=64, num_inference_steps=1, output_type="pt").images
+    assert images.shape == (1, 7, 3, 64, 64)
+
+
 def test_callback_sees_and_changes_the_latents(pipe: MultiViewPipeline) -> None:
     seen = []
 
@@ -135,6 +140,7 @@ def test_callback_sees_and_changes_the_latents(pipe: MultiViewPipeline) -> None:
         ({"image": picture(), "num_inference_steps": 0}, "num_inference_steps=0"),
         ({"image": picture(), "callback_on_step_end_tensor_inputs": ["x"]}, "are not among"),
         ({"image": []}, "image is empty"),
+        ({"image": picture(), "image_size": 40}, "image_size=40 must be a multiple of 16"),
     ],
 )
 def test_arguments_that_do_not_fit(pipe: MultiViewPipeline, arguments, words: str) -> None:
