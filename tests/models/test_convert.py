@@ -16,18 +16,21 @@ from typing import NamedTuple
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from ldm_oracle import Oracle, ddim
 from released_values import FOLDER, draw, released_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.cameras import camera_conditioning, orbit_camera
 from data.files import UserError
 from models import MultiViewPipeline
 from models.autoencoder import decode_latents, encode_images, load_autoencoder
-from models.checkpoint import load_unet, read_info
+from models.checkpoint import load_unet, make_scheduler, read_info
 from models.convert import main, schedule_buffers
 from models.image_encoder import ClipImageEncoder, load_image_encoder_folder
 from models.multiview import predict_noise_output
-from models.released import renamed, swapped, unet_config, unet_pairs, vae_config, vae_pairs
+from models.released import UNET, renamed, swapped, unet_config, unet_pairs, vae_config, vae_pairs
+from models.sampling import sample_latents
 from models.weights_file import read_weights, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,6 +121,40 @@ def test_outputs_are_the_released_networks(folder: Path) -> None:
     assert (
         float((decode_latents(vae, draw("latent", (1, 4, 4, 4))) - (decoded / 2 + 0.5).clamp(0, 1)).abs().max()) < 1e-5
     )
+
+
+def unet_tensors(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(UNET): t for n, t in checkpoint.items() if n.startswith(UNET)}
+
+
+def test_the_oracle_is_the_released_network_too() -> None:
+    """So that it may stand in for it where nothing was recorded."""
+    recorded = load_file(FOLDER / "released_w32.safetensors")
+    oracle = Oracle(unet_tensors(released_checkpoint()), 32)
+    x, camera, context = draw("x", (8, 4, 16, 16)), draw("camera", (8, 16)), draw("context", (2, 1, 48))
+    times = torch.tensor([37] * 4 + [811] * 4)
+    for views in (4, 2, 1):
+        output = oracle(x, times, context.repeat_interleave(4, dim=0), camera, views)
+        assert float((output - recorded[f"eps_views{views}"]).abs().max()) < 1e-5
+
+
+def test_ddim_with_given_noise_is_the_papers(folder: Path) -> None:
+    """Guidance and all, against the oracle's network and the formula."""
+    oracle = Oracle(unet_tensors(released_checkpoint()), 32)
+    unet, scheduler = load_unet(folder / "unet").eval(), make_scheduler("epsilon", False)
+    noise, context = draw("noise", (1, 4, 4, 8, 8)), draw("context", (1, 1, 48))
+    c2w = orbit_camera(torch.arange(4) * 90.0, torch.tensor(15.0), 1.0)[None]
+    camera = camera_conditioning(c2w)[0]
+
+    def guided(x: Tensor, t: int) -> Tensor:
+        times = torch.full((4,), t)
+        conditional = oracle(x, times, context.expand(4, -1, -1), camera, 4)
+        unconditional = oracle(x, times, torch.zeros(4, 1, 48), camera, 4)
+        return unconditional + 3 * (conditional - unconditional)
+
+    expected = ddim(guided, noise[0], scheduler.alphas_cumprod, 5)
+    ours = sample_latents(unet, scheduler, context, c2w, guidance_scale=3.0, steps=5, latents=noise)[0]
+    assert float((ours - expected).abs().max()) < 1e-5 * max(float(expected.abs().max()), 1)
 
 
 @torch.no_grad()
