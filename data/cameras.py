@@ -20,7 +20,10 @@ def orbit_camera(azimuth_deg: Tensor, elevation_deg: Tensor, distance: Tensor | 
     azimuth_deg, elevation_deg (-90, 90) exclusive, distance > 0: broadcastable to (...).  Returns c2w (..., 4, 4).
     """
     azimuth, elevation, away = torch.broadcast_tensors(
-        *(torch.as_tensor(a, dtype=torch.get_default_dtype()) for a in (azimuth_deg, elevation_deg, distance))
+        *(
+            torch.as_tensor(a, dtype=torch.get_default_dtype(), device=torch.as_tensor(azimuth_deg).device)
+            for a in (azimuth_deg, elevation_deg, distance)
+        )
     )
     a, e = torch.deg2rad(azimuth), torch.deg2rad(elevation)
     backward = torch.stack([e.cos() * a.cos(), e.cos() * a.sin(), e.sin()], dim=-1)  # camera +z: away from the object

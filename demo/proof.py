@@ -184,6 +184,7 @@ def main() -> None:
         save_rows(pictures / "samples" / f"{uid}.png", [torch.cat([reference[None], views]), torch.cat([blank, real])])
     save_rows(pictures / "distilled.png", [distilled, truth.views[truth.uids.index(arguments.uid)]])
     proof = judge(truth, sampled, distilled, arguments.uid)
+    proof["sample_steps"] = training.sample_steps
     proof["samples_margin_mean_db_by_steps"] = {
         training.sample_steps: proof["samples_margin_mean_db"],
         MANY_STEPS: judge(truth, many, distilled, arguments.uid)["samples_margin_mean_db"],

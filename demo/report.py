@@ -129,7 +129,7 @@ def write_demo_report(out: Path) -> Path:
             ),
         ),
     ]
-    sampling = min(map(int, proof["samples_margin_mean_db_by_steps"]))
+    sampling = proof["sample_steps"]
     intro = (
         "Real objects were rendered, packed into shards, and a small multi-view diffusion model was trained on them "
         "from scratch in two stages; one object was then distilled from the embedding of one picture.\n\n"

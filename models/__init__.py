@@ -7,7 +7,6 @@ _WHERE = {
     "ClipImageEncoder": "models.image_encoder",
     "PatchCodec": "models.autoencoder",
     "MultiViewPipeline": "models.pipeline",
-    "ModelMixin": "diffusers",  # where diffusers looks for a component's base class: in the component's own package
 }
 
 

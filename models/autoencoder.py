@@ -16,6 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from data.files import UserError
@@ -46,11 +47,13 @@ class PatchCodec(ModelMixin, ConfigMixin):
         self.encoder = nn.Conv2d(3, latent_channels, patch_size, stride=patch_size)
         self.decoder = nn.ConvTranspose2d(latent_channels, 3, patch_size, stride=patch_size)
 
+    @apply_forward_hook
     def encode(self, images: Tensor, return_dict: bool = True) -> AutoencoderKLOutput:
         mean = self.encoder(images)
         moments = torch.cat([mean, torch.full_like(mean, LOG_VARIANCE)], dim=1)
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
 
+    @apply_forward_hook
     def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput:
         return DecoderOutput(sample=self.decoder(latents))
 

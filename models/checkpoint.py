@@ -94,10 +94,8 @@ def save_export(folder: str | Path, model: MultiViewModel) -> None:
 
 def write_index(folder: Path, kinds: dict[str, str], info: ExportInfo) -> None:
     """What diffusers reads first (which class stands in which folder), what we read first, and a card for people."""
-    index: dict[str, Any] = {
-        part: ["models" if kind in ("ClipImageEncoder", "PatchCodec") else "diffusers", kind]
-        for part, kind in kinds.items()
-    }
+    ours = {"ClipImageEncoder": "models.image_encoder", "PatchCodec": "models.autoencoder"}
+    index: dict[str, Any] = {part: [ours.get(kind, "diffusers"), kind] for part, kind in kinds.items()}
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     head = {"_class_name": "MultiViewPipeline", "_diffusers_version": diffusers.__version__, "camera": info.camera}
     write_json(folder / "model_index.json", head | index)
@@ -150,7 +148,9 @@ def read_info(folder: str | Path) -> ExportInfo:
             )
         for key in ("image_size", "num_views", "stage", "step"):
             content[key] = int(content[key])
-    except (TypeError, ValueError) as error:
+        if min(content["image_size"], content["num_views"]) < 1:
+            raise ValueError("image_size and num_views must be positive")
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"checkpoint {folder}: {key} in isotropic3d.json is {content[key]!r} ({error})") from None
     return ExportInfo(**content)
 

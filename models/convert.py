@@ -1,7 +1,7 @@
 """Released checkpoints in and out.
 
     python models/convert.py sd-v2.1-base-4view.pt weights/mvdream --allow-missing image_encoder
-    python models/convert.py isotropic3d.ckpt weights/isotropic3d
+    python models/convert.py isotropic3d.ckpt weights/isotropic3d --camera isotropic3d_released_sds
     python models/convert.py --to-ldm runs/mine/stage2/export mine.ckpt [--base isotropic3d.ckpt]
 
 The first two write a folder that training, sampling, distilling and diffusers read.  The last writes the flat ldm
@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from data.cameras import CONVENTIONS
 from data.files import UserError, atomic_folder, read_json, require_writable
 
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "image_encoder": "ClipImageEncoder"}
@@ -80,11 +81,18 @@ class Settings:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    for flag in ("head_dim", "clip_head_width", "image_size", "num_views"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+    if arguments.camera not in CONVENTIONS:
+        raise UserError(f"--camera {arguments.camera} must be one of {', '.join(CONVENTIONS)}")
     if arguments.out.exists():
         raise UserError(f"{arguments.out} is there already and is not overwritten; choose another name, or remove it")
     if not arguments.source.exists():
         raise UserError(f"{arguments.source} does not exist")
-    size = sum(f.stat().st_size for f in [arguments.source, *arguments.source.rglob("*")] if f.is_file())
+    files = [arguments.source, *arguments.source.rglob("*"), *([arguments.base] if arguments.base else [])]
+    size = sum(file.stat().st_size for file in files if file.is_file())
     require_writable(arguments.out.absolute().parent, needed_mb=size // 2**20 + 64)
     (to_ldm if arguments.to_ldm else to_diffusers)(arguments)
 
@@ -112,6 +120,8 @@ def original_settings(path: Path | None, head_dim: int | None) -> Settings:
             raise UserError(f"--config {path} is not an ldm configuration that can be read ({error!r})") from None
     if head_dim is not None:
         settings.head_dim = head_dim
+    if settings.head_dim < 1:
+        raise UserError(f"{path}: num_head_channels={settings.head_dim} does not say the head size; give --head-dim")
     return settings
 
 
@@ -134,6 +144,8 @@ def to_diffusers(arguments: argparse.Namespace) -> None:
     outside = [name for name in weights if part_of(name) is None]
     dropped = {name for name in outside if matches(name, LEFTOVERS)}
     unexpected = [name for name in outside if name not in dropped]
+    if parts[0].missing and "unet" in arguments.allow_missing:
+        raise UserError("--allow-missing unet: without the UNet there is nothing to convert; name its tensors instead")
     print_table(parts, PREFIXES, {name: weights[name] for name in dropped})
     refuse_gaps(arguments.source, parts, unexpected, arguments.allow_missing)
     compare_schedule(arguments.source, weights, settings)
@@ -197,14 +209,17 @@ def map_part(
     if not inside:
         return Part(name, {}, missing={name: (name, ())})
     shapes = {key: tuple(tensor.shape) for key, tensor in inside.items()}
-    if name == "unet":
-        config = released.unet_config(shapes, settings.head_dim)
-    elif name == "vae":
-        config = released.vae_config(shapes, settings.scaling_factor)
-    else:
-        config = released.image_encoder_config(shapes, clip_head_width)
-    part = Part(name, config)
-    expected = {key: tuple(tensor.shape) for key, tensor in empty(part).state_dict().items()}
+    try:
+        if name == "unet":
+            config = released.unet_config(shapes, settings.head_dim)
+        elif name == "vae":
+            config = released.vae_config(shapes, settings.scaling_factor)
+        else:
+            config = released.image_encoder_config(shapes, clip_head_width)
+        part = Part(name, config)
+        expected = {key: tuple(tensor.shape) for key, tensor in empty(part).state_dict().items()}
+    except (ValueError, IndexError, KeyError, TypeError, ZeroDivisionError, RuntimeError, AssertionError) as error:
+        raise UserError(f"the shapes below {prefix} make no {PARTS[name]} ({error}); the file is damaged") from None
     ldm_names = ldm_names_of(name, config, expected)
     for key, ldm_name in ldm_names.items():
         if ldm_name not in inside:
@@ -282,7 +297,7 @@ def refuse_gaps(source: Path, parts: list[Part], unexpected: list[str], allowed:
                 f"{open_[0]}"
             )
     for part in parts:
-        if part.name in allowed and part.missing:
+        if part.missing and (part.name in allowed or not part.config):
             part.tensors.clear()  # left out whole
         elif part.missing:  # named one by one
             print(f"{part.name}: {', '.join(part.missing)} become zeros")
@@ -295,7 +310,7 @@ def compare_schedule(source: Path, weights: Mapping[str, Any], settings: Setting
 
     if "alphas_cumprod" in weights:
         ours = make_scheduler(settings.prediction_type, False, settings.beta_start, settings.beta_end).alphas_cumprod
-        theirs = weights["alphas_cumprod"].float()
+        theirs = weights["alphas_cumprod"].float().reshape(-1)
         if theirs.shape != ours.shape or float((theirs - ours).abs().max()) > 1e-5:
             raise UserError(
                 f"{source}: its noise schedule is not SD 2.1's ({len(theirs)} steps, the last {float(theirs[-1]):.5f} "
@@ -311,7 +326,13 @@ def to_ldm(arguments: argparse.Namespace) -> None:
     source: Path = arguments.source
     if not (source / "unet" / "config.json").is_file():
         raise UserError(f"{source} is not a checkpoint folder of this project: it has no unet/config.json")
-    tensors: dict[str, Any] = schedule_buffers(read_json(source / "scheduler" / "scheduler_config.json", "scheduler"))
+    scheduler = read_json(source / "scheduler" / "scheduler_config.json", "scheduler")
+    if scheduler.get("rescale_betas_zero_snr") or scheduler.get("beta_schedule") != "scaled_linear":
+        raise UserError(
+            f"{source}: its noise schedule (beta_schedule={scheduler.get('beta_schedule')}, rescale_betas_zero_snr="
+            f"{scheduler.get('rescale_betas_zero_snr')}) is not one that the released code knows"
+        )
+    tensors: dict[str, Any] = schedule_buffers(scheduler)
     rows = [("scheduler", len(tensors), "noise schedule")]
     for name, prefix in PREFIXES.items():
         config = read_json(source / name / "config.json", name) if (source / name).is_dir() else {}
@@ -323,13 +344,15 @@ def to_ldm(arguments: argparse.Namespace) -> None:
                 f"{PARTS[name]} there; leave it out with --allow-missing {name}"
             )
         held = read_weights(source / name / WEIGHTS)
+        require_whole(source / name, config, held, name)
         for key, ldm_name in ldm_names_of(name, config, held).items():
             projection = name == "vae" and is_vae_projection(key)
             tensors[prefix + ldm_name] = held[key][:, :, None, None] if projection else held[key]
         rows.append((name, len(held), f"{prefix}*"))
     if arguments.base is not None:
         base = read_weights(arguments.base)
-        added = {name: tensor for name, tensor in base.items() if name not in tensors}
+        # Not its averaged weights: they are of another training, and ldm would sample from them.
+        added = {n: tensor for n, tensor in base.items() if n not in tensors and not n.startswith("model_ema.")}
         if foreign := [name for name in added if part_of(name) not in (None, *arguments.allow_missing)]:
             raise UserError(f"--base {arguments.base} is of another architecture: {source} has no {foreign[0]}")
         tensors |= added
@@ -341,6 +364,18 @@ def to_ldm(arguments: argparse.Namespace) -> None:
     else:
         write_torch(arguments.out, tensors)
     print(f"wrote {arguments.out}")
+
+
+def require_whole(folder: Path, config: Mapping[str, Any], held: Mapping[str, Any], name: str) -> None:
+    """UserError when the folder's tensors are not exactly its network's."""
+    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+    try:
+        expected = {key: tuple(t.shape) for key, t in empty(Part(name, arguments)).state_dict().items()}
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder}/config.json does not describe a {PARTS[name]} ({error})") from None
+    found = {key: tuple(tensor.shape) for key, tensor in held.items()}
+    if differing := sorted(set(expected.items()) ^ set(found.items())):
+        raise UserError(f"{folder} does not hold what its config.json describes; first difference: {differing[0][0]}")
 
 
 def schedule_buffers(scheduler: Mapping[str, Any]) -> dict[str, Any]:

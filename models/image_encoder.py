@@ -35,6 +35,9 @@ class ClipImageEncoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool = False):
         super().__init__()
+        if ":" in str(vision_cfg.get("timm_model_name") or ""):
+            raise ValueError(f"timm_model_name={vision_cfg['timm_model_name']} would be fetched from elsewhere")
+        vision_cfg = vision_cfg | {"timm_model_pretrained": False}  # weights come from the file, never from a hub
         self.visual = _build_vision_tower(embed_dim, CLIPVisionCfg(**vision_cfg), quick_gelu)
 
     def forward(self, pixels: Tensor) -> Tensor:

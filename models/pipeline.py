@@ -9,6 +9,7 @@ Shapes: B images, V views, D embedding width, H W pixels.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,11 @@ from models.image_encoder import embed_image, picture_to_tensor
 from models.multiview import MultiViewAttention
 from models.sampling import sample_latents
 
+KINDS = {
+    "unet": [("diffusers", "UNet2DConditionModel")],
+    "vae": [("diffusers", "AutoencoderKL"), ("models.autoencoder", "PatchCodec")],
+    "image_encoder": [("models.image_encoder", "ClipImageEncoder")],
+}
 CARD = """---
 library_name: diffusers
 tags: [image-to-3d, multi-view, isotropic3d]
@@ -59,6 +65,27 @@ class MultiViewPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, vae=vae, image_encoder=image_encoder, scheduler=scheduler)
         self.register_to_config(camera=camera)
         unet.set_attn_processor(MultiViewAttention())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MultiViewPipeline:
+        """As diffusers', from a folder; classes come from a fixed list and weights from safetensors only.
+
+        ValueError for a folder whose model_index.json names anything else: diffusers would import it.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{folder} is not a folder with a model_index.json; download a hub's model first")
+        index = json.loads((folder / "model_index.json").read_text())
+        components = {key: tuple(value) for key, value in index.items() if isinstance(value, list)}
+        for part, kind in components.items():
+            library, name = kind if len(kind) == 2 else (None, None)
+            known = part in KINDS and kind in KINDS[part]
+            if not known and not (part == "scheduler" and library == "diffusers" and str(name).endswith("Scheduler")):
+                raise ValueError(f"{folder}/model_index.json names {kind} as {part}, which is not loaded")
+        if index.get("_class_name") != cls.__name__:
+            raise ValueError(f"{folder} holds a {index.get('_class_name')}, not a {cls.__name__}")
+        pipe: MultiViewPipeline = super().from_pretrained(folder, **(kwargs | {"use_safetensors": True}))
+        return pipe
 
     def encode_image(self, image: Any) -> Tensor:
         """A picture or several -> context (B, 1, D).
@@ -111,8 +138,9 @@ class MultiViewPipeline(DiffusionPipeline):
             raise ValueError("give either image or image_embeds")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} must be pil, np, pt or latent")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+        most = self.scheduler.config.num_train_timesteps - 1
+        if not 1 <= num_inference_steps <= most:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be 1 to {most}")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             known = self._callback_tensor_inputs
             raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} are not among {known}")
@@ -150,6 +178,7 @@ class MultiViewPipeline(DiffusionPipeline):
                 latents=latents,
                 latent_size=None if image_size is None else image_size // downscale_of(self.vae),
                 convention=self.config.camera,
+                device=self._execution_device,
                 on_step=on_step,
             )
         images: Any = result
@@ -180,8 +209,8 @@ def cameras(
             raise ValueError(f"num_views={num_views} must be at least 1")
         azimuths = torch.arange(num_views) * (360.0 / num_views)
     else:
-        azimuths = torch.as_tensor(azimuths_deg, dtype=torch.float32)
-    elevations = torch.as_tensor(elevations_deg, dtype=torch.float32)
+        azimuths = torch.as_tensor(azimuths_deg, dtype=torch.float32).cpu()
+    elevations = torch.as_tensor(elevations_deg, dtype=torch.float32).cpu()
     if azimuths.ndim != 1 or not len(azimuths) or elevations.ndim > 1 or elevations.numel() not in (1, len(azimuths)):
         raise ValueError(f"{azimuths.numel()} azimuths_deg and {elevations.numel()} elevations_deg do not make views")
     if not bool(torch.isfinite(azimuths).all()) or not bool((elevations.abs() < 90).all()):

@@ -6,6 +6,7 @@ Several at once: image=[a.png,b.png], or image=folder.  Writes for each picture 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,10 @@ class SampleConfig:
         check(
             all(-90 < e < 90 for e in self.elevations_deg),
             f"elevations_deg={self.elevations_deg} must lie between -90 and 90",
+        )
+        check(self.steps < 1000, f"steps={self.steps} must be below the schedule's 1000")
+        check(
+            all(math.isfinite(a) for a in self.azimuths_deg or []), f"azimuths_deg={self.azimuths_deg} must be finite"
         )
         check(self.guidance_scale >= 0, f"guidance_scale={self.guidance_scale} must not be negative")
         for name in ("guidance_rescale", "eta"):
@@ -136,6 +141,8 @@ def draw(config: SampleConfig, paths: list[Path], images: list[Any], device: Any
                 return_dict=False,
             )
             for number, views in zip(chosen, drawn, strict=True):
+                for old in Path(config.out, paths[number].stem).glob("view_*.png"):
+                    old.unlink()  # of a run that did not come to its end
                 for index, view in enumerate(views):
                     with atomic_file(Path(config.out, paths[number].stem, f"view_{index:03d}.png")) as temporary:
                         view.save(temporary)

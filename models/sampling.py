@@ -36,6 +36,7 @@ def sample_latents(
     latents: Tensor | None = None,
     latent_size: int | None = None,
     convention: str = "mvdream",
+    device: torch.device | None = None,
     on_step: Callable[[int, int, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """context (B, 1, D), c2w (B, V, 4, 4) -> latents (B, V, C, h, w), scaled as the UNet sees them.
@@ -46,17 +47,17 @@ def sample_latents(
     latent_size: another h = w than the UNet was trained at; nothing in it depends on position.
     on_step(index, timestep, latents) returns the latents to go on with.
     """
-    weight = next(unet.parameters())
-    camera = camera_conditioning(c2w, convention).to(weight.device)
-    context = context.to(weight.device)
+    device = device or next(unet.parameters()).device  # offloaded parameters are not where the work is done
+    camera = camera_conditioning(c2w, convention).to(device)
+    context = context.to(device)
     size = latent_size or unet.config.sample_size
     shape = (*c2w.shape[:2], unet.config.in_channels, size, size)
     if latents is None:
-        latents = randn_tensor(shape, generator=generator, device=weight.device, dtype=torch.float32)
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     elif latents.shape != shape:
         raise ValueError(f"latents of shape {tuple(latents.shape)} must be {shape}")
-    scheduler.set_timesteps(steps, device=weight.device)
-    x = latents.to(weight.device, torch.float32) * scheduler.init_noise_sigma
+    scheduler.set_timesteps(steps, device=device)
+    x = latents.to(device, torch.float32) * scheduler.init_noise_sigma
     known = inspect.signature(scheduler.step).parameters
     more = {key: value for key, value in (("eta", eta), ("generator", generator)) if key in known}
     for index, t in enumerate(scheduler.timesteps):

@@ -34,6 +34,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not weights:
         raise UserError(f"{path} holds no tensors")
     for name, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UserError(f"{path}: {name} is {tensor.layout} on {tensor.device}, and not a plain tensor")
         # A view can claim more than the file holds (stride 0), and would fill memory when it is written.
         if tensor.numel() * tensor.element_size() > path.stat().st_size or tensor.dtype not in NAMES:
             raise UserError(f"{path}: {name} claims {tuple(tensor.shape)} of {tensor.dtype}, which it cannot hold")
@@ -51,7 +53,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, or is no checkpoint, and is not opened, since that could run code "
             f"({reason}); save its state_dict alone, as safetensors"
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except Exception as error:  # a damaged file can make the unpickler fail in any way
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{path} is not a checkpoint that can be read: truncated, or of another kind ({reason}); "
@@ -118,4 +120,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
 
 def write_torch(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_file(path) as temporary:
-        torch.save(tensors, temporary)
+        try:
+            torch.save(tensors, temporary)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise UserError(f"{path} cannot be written ({str(error).splitlines()[0]}); free space") from None

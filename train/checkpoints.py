@@ -152,12 +152,19 @@ def load_checkpoint(path: Path, engine: Any, average: WeightAverage) -> TrainSta
     loaded, _ = engine.load_checkpoint(str(path), tag="engine")
     shard = path / f"weight_average_rank{engine.global_rank}.safetensors"
     ok = loaded is not None and shard.is_file()
-    if ok:
-        for index, tensor in load_file(str(shard)).items():
-            held = average.average[int(index)]
-            assert held is not None and held.shape == tensor.shape, f"{shard}: tensor {index} of another shape"
-            held.copy_(tensor)
+    try:
+        saved_average = load_file(str(shard)) if ok else {}
+    except (SafetensorError, OSError):
+        ok, saved_average = False, {}
+    wanted = {f"{i:05d}": t.shape for i, t in enumerate(average.average) if t is not None}
+    ok = ok and {name: tensor.shape for name, tensor in saved_average.items()} == wanted
     if not all_agree(ok, engine.device):
-        raise UserError(f"checkpoint {path} lacks a rank's part; delete it to go on from the one before it")
+        raise UserError(
+            f"checkpoint {path}: a rank's part is missing or damaged; delete it to go on from the one before"
+        )
+    for index, tensor in saved_average.items():
+        held = average.average[int(index)]
+        assert held is not None
+        held.copy_(tensor)
     average.updates = saved["updates"]
     return TrainState(step=saved["step"], seconds=saved["seconds"])

@@ -154,6 +154,7 @@ class TrainConfig:
             self.model.ema.downscales is None or set(self.model.ema.downscales) <= set(levels),
             f"model.ema.downscales={self.model.ema.downscales} names resolutions that the UNet has not: {levels}",
         )
+        check(self.sample_steps < 1000, f"sample_steps={self.sample_steps} must be below the schedule's 1000")
         downscale = self.model.autoencoder.downscale
         blocks = 2 ** (len(self.model.unet.block_out_channels) - 1)
         check(

@@ -98,12 +98,12 @@ def run_to_the_end(config: TrainConfig) -> None:
                 progress.facts["loss"] = f"{values['loss']:.4f}"
             progress.update(1)
 
-            # Look at samples; save.
+            # Save; look at samples.
             last = state.step == config.steps
-            if last or (config.sample_every and state.step % config.sample_every == 0):
-                sample(run)
             if last or state.step % config.checkpoint_every == 0:
                 save_checkpoint(run.checkpoints, engine, run.average, state, config.keep_checkpoints, identity(config))
+            if last or (config.sample_every and state.step % config.sample_every == 0):
+                sample(run)
     export(run)
     if run.monitor is not None:
         run.monitor.close()
@@ -147,9 +147,8 @@ def set_up(config: TrainConfig) -> Run | None:
             "format; give its folder, or model.unet.from_scratch=true"
         )
     die_with_parent()
-    dataset = ViewDataset(
-        config.data.shards, config.data.image_size, config.data.num_views, config.seed, config.model.ema.references
-    )
+    references = config.model.ema.references if config.objective.reference_probability > 0 else 1
+    dataset = ViewDataset(config.data.shards, config.data.image_size, config.data.num_views, config.seed, references)
     _ = dataset[0]  # so that views that do not fit are named before anything is built
     print_main(f"stage {config.stage}: {len(dataset.index)} objects; loading the networks")
     vae, image_encoder = frozen_parts(config)
@@ -282,6 +281,14 @@ def unet_to_start_from(config: TrainConfig) -> Any:
         source, unet = f"model.unet.weights={config.model.unet.weights}", load_unet(str(config.model.unet.weights))
     expected = {name: p.shape for name, p in empty_unet(config).named_parameters()}
     differing = sorted(set(expected.items()) ^ {(name, p.shape) for name, p in unet.named_parameters()})
+    # The number of heads does not show in the shapes.
+    heads = unet.config.attention_head_dim
+    heads = list(heads) if isinstance(heads, list | tuple) else [heads] * len(config.model.unet.heads)
+    if not differing and heads != config.model.unet.heads:
+        raise UserError(
+            f"{source} has {heads} attention heads and model.unet.heads={config.model.unet.heads}; "
+            f"set model.unet.heads={heads}"
+        )
     if differing:
         raise UserError(
             f"{source} is another network than model.unet describes (first difference: {differing[0][0]}); "

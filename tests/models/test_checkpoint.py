@@ -88,6 +88,13 @@ def set_info(folder: Path, key: str, value: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
 
 
+def fetching_encoder(folder: Path) -> None:
+    path = folder / "image_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    config["vision_cfg"] |= {"timm_model_name": "hf-hub:someone/something", "timm_model_pretrained": True}
+    path.write_text(json.dumps(config))
+
+
 def swap_autoencoder(folder: Path) -> None:
     fit_patch_codec(torch.rand(20, 3, 32, 32) * 2 - 1, 8, 5).save_pretrained(folder / "vae")
 
@@ -113,6 +120,8 @@ def swap_autoencoder(folder: Path) -> None:
         (lambda f: set_info(f, "fov_deg", None), "fov_deg in isotropic3d.json is None"),
         (lambda f: set_info(f, "camera", "other"), "camera in isotropic3d.json is 'other'; it must be one of mvdream"),
         (lambda f: set_info(f, "num_views", "four"), "num_views in isotropic3d.json is 'four'"),
+        (lambda f: set_info(f, "num_views", 0), "must be positive"),
+        (fetching_encoder, "would be fetched from elsewhere"),
         (swap_autoencoder, "the vae's latent channels are 5 and its UNet wants 6"),
     ],
 )

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -259,6 +260,18 @@ def claims_too_much(folder: Path) -> Path:
     return folder / "bad.pt"
 
 
+def sparse(folder: Path) -> Path:
+    torch.save(
+        released_checkpoint() | {"model.diffusion_model.out.2.bias": torch.zeros(4).to_sparse()}, folder / "bad.pt"
+    )
+    return folder / "bad.pt"
+
+
+def misshapen(folder: Path) -> Path:
+    torch.save(released_checkpoint() | {"model.diffusion_model.out.2.weight": torch.zeros(())}, folder / "bad.pt")
+    return folder / "bad.pt"
+
+
 def other_schedule(folder: Path) -> Path:
     torch.save(released_checkpoint() | {"alphas_cumprod": torch.linspace(1, 0, 1000)}, folder / "bad.pt")
     return folder / "bad.pt"
@@ -274,6 +287,8 @@ def other_schedule(folder: Path) -> Path:
         (text_encoder, "holds no multi-view UNet"),
         (without_a_tensor, "lacks model.diffusion_model.middle_block.1.norm.bias"),
         (with_a_stranger, "holds unexpected model.diffusion_model.extra.weight"),
+        (sparse, "not a plain tensor"),
+        (misshapen, "the file is damaged"),
         (claims_too_much, "which it cannot hold"),
         (other_schedule, "its noise schedule is not SD 2.1's"),
         (lambda folder: folder / "nowhere.pt", "does not exist"),
@@ -303,6 +318,46 @@ def test_what_may_be_missing_is_named(source: Path, folder: Path, tmp_path: Path
     assert read_info(tmp_path / "out").stage == 0
     again = convert(source, folder)
     assert again.returncode == 2 and "is there already and is not overwritten" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--camera", "typo"], "--camera typo must be one of mvdream"),
+        (["--head-dim", "0"], "--head-dim 0 must be at least 1"),
+        (["--image-size", "0"], "--image-size 0"),
+        (["--head-dim", "32", "--allow-missing", "unet"], "without the UNet there is nothing to convert"),
+        (["--head-dim", "24"], "head_dim=24 does not divide"),
+    ],
+)
+def test_flags_that_cannot_work(tmp_path: Path, arguments: list[str], words: str) -> None:
+    done = convert(without_a_tensor(tmp_path), tmp_path / "out", *arguments)
+    assert done.returncode == 2 and words in done.stderr and not (tmp_path / "out").exists(), done.stderr
+
+
+def test_an_absent_part_may_be_named_by_a_star(tmp_path: Path) -> None:
+    torch.save(released_checkpoint(), tmp_path / "mvdream.pt")
+    done = convert(tmp_path / "mvdream.pt", tmp_path / "out", "--head-dim", 32, "--allow-missing", "*")
+    assert done.returncode == 0 and not (tmp_path / "out" / "image_encoder").exists(), done.stderr
+
+
+def test_incomplete_and_foreign_folders_do_not_become_ldm_checkpoints(folder: Path, tmp_path: Path) -> None:
+    for number, (spoil, words) in enumerate(
+        [
+            (lambda tensors: tensors.pop("conv_in.weight"), "first difference: conv_in.weight"),
+            (lambda tensors: tensors.update(stranger=torch.ones(1)), "first difference: stranger"),
+        ]
+    ):
+        copy = tmp_path / str(number)
+        shutil.copytree(folder, copy)
+        tensors = load_file(copy / "unet" / "diffusion_pytorch_model.safetensors")
+        spoil(tensors)
+        save_file(tensors, copy / "unet" / "diffusion_pytorch_model.safetensors")
+        done = convert("--to-ldm", copy, tmp_path / "out.ckpt")
+        assert done.returncode == 2 and words in done.stderr and not (tmp_path / "out.ckpt").exists(), done.stderr
+    make_scheduler("v_prediction", True).save_pretrained(copy / "scheduler")
+    done = convert("--to-ldm", copy, tmp_path / "out.ckpt")
+    assert done.returncode == 2 and "is not one that the released code knows" in done.stderr
 
 
 def test_heads_and_schedule_come_from_the_original_yaml(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,29 @@ def test_an_export_is_a_pipeline_and_draws_what_sampling_draws(folder: Path, pip
     expected = sample_views(model, embed_image(model.image_encoder, image), c2w, 3.0, 4, generator=seeded())
     result = pipe(image, guidance_scale=3.0, num_inference_steps=4, generator=seeded(), output_type="pt")
     torch.testing.assert_close(result.images, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"unet": ["evil", "Evil"]}, "names ('evil', 'Evil') as unet"),
+        ({"extra": ["os", "system"]}, "as extra"),
+        ({"scheduler": ["diffusers", "DiffusionPipeline"]}, "as scheduler"),
+        ({"_class_name": "Other"}, "holds a Other"),
+    ],
+)
+def test_classes_come_from_a_fixed_list(folder: Path, tmp_path: Path, change, words: str) -> None:
+    shutil.copytree(folder, tmp_path / "export")
+    path = tmp_path / "export" / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (tmp_path / "export" / "unet" / "evil.py").write_text(
+        f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Evil: pass\n"
+    )
+    with pytest.raises(ValueError, match=re.escape(words)):
+        MultiViewPipeline.from_pretrained(tmp_path / "export")
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(ValueError, match="is not a folder with a model_index"):
+        MultiViewPipeline.from_pretrained("someone/something")
 
 
 def test_saved_and_loaded_it_draws_the_same(pipe: MultiViewPipeline, tmp_path: Path) -> None:
@@ -138,6 +163,7 @@ def test_callback_sees_and_changes_the_latents(pipe: MultiViewPipeline) -> None:
         ({"image_embeds": torch.zeros(1, 7)}, "must be (B, 24) or (B, 1, 24)"),
         ({"image": picture(), "latents": torch.zeros(1, 4, 6, 8, 8)}, "latents of shape"),
         ({"image": picture(), "num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"image": picture(), "num_inference_steps": 1000}, "must be 1 to 999"),
         ({"image": picture(), "callback_on_step_end_tensor_inputs": ["x"]}, "are not among"),
         ({"image": []}, "image is empty"),
         ({"image": picture(), "image_size": 40}, "image_size=40 must be a multiple of 16"),

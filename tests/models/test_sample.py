@@ -83,6 +83,8 @@ def test_pictures_that_cannot_be_told_apart_or_are_none(given: Path, tmp_path: P
         ({"elevations_deg": [1.0, 2.0]}, "must be one number, or 4"),
         ({"elevations_deg": [90.0]}, "between -90 and 90"),
         ({"azimuths_deg": []}, "names no view"),
+        ({"steps": 1000}, "steps=1000"),
+        ({"azimuths_deg": [float("nan")]}, "must be finite"),
         ({"eta": 2.0}, "eta=2.0"),
         ({"dtype": "int8"}, "dtype=int8"),
     ],

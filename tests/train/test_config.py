@@ -65,6 +65,8 @@ def command(*overrides: str, stage: int = 1, **environment: str) -> subprocess.C
         (["+optm.lr=1"], "unknown key optm; the nearest known key is optim"),
         (["optim.betas=[0.9]"], "optim.betas=[0.9] must be two numbers"),
         (["model.autoencoder.downscale=0"], "model.autoencoder.downscale=0 must be at least 1"),
+        (["sample_steps=1000"], "sample_steps=1000 must be below"),
+        (["model.ema.downscales=[16]"], "names resolutions that the UNet has not"),
         (["optim.lr=fast"], "optim.lr: "),
         (["experiment=nope"], "Available options in 'experiment'"),
         (["experiment=demo", "data.shards=/nowhere"], "/nowhere"),

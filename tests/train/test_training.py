@@ -219,6 +219,7 @@ def test_stage_2_starts_from_stage_1(quiet, tiny, tmp_path) -> None:
     [
         (["model.unet.block_out_channels=[64,64]"], "is another network than model.unet describes"),
         (["init_from=null", "model.unet.from_scratch=false"], "model.unet.weights is not set"),
+        (["model.unet.heads=[2,4]"], "has [1, 2] attention heads and model.unet.heads=[2, 4]"),
         (["init_from=/nowhere"], "checkpoint /nowhere is not a folder"),
         (["model.autoencoder.weights={tiny}/parts/image_encoder"], "it must be one of AutoencoderKL, PatchCodec"),
         (["data.shards={tiny}/views"], "has no manifest.json"),
