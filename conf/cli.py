@@ -51,7 +51,7 @@ def run(schema: type[T], primary: str, main: Callable[[T], None]) -> None:
         except OSError as error:
             if error.errno not in STORAGE_ERRORS:
                 raise
-            _exit(f"cannot write {error.filename or 'a file'}: {error.strerror}; free space or choose another folder")
+            _exit(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}; free space or move it")
 
     try:
         hydra.main(version_base="1.3", config_path=f"{CONF}/{folder}", config_name=name)(composed)()

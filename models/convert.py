@@ -162,6 +162,7 @@ def to_diffusers(arguments: argparse.Namespace) -> None:
         stage=2 if any(part.name == "image_encoder" for part in parts) else 0,
         step=0,
     )
+    # Without a VAE in the file, Stable Diffusion's: three halvings.
     blocks = next((part.config["block_out_channels"] for part in parts if part.name == "vae"), [0] * 4)
     parts[0].config["sample_size"] = arguments.image_size // 2 ** (len(blocks) - 1)
     with atomic_folder(arguments.out) as temporary:

@@ -96,7 +96,8 @@ def save_checkpoint(
     final = folder / f"step_{state.step:08d}"
     temporary = folder / f".step_{state.step:08d}.tmp"
     remedy = "free disk space and start again: the run goes on from the checkpoint before it"
-    megabytes = sum(parameter.numel() for parameter in engine.module.parameters()) * STATE_BYTES // 2**20
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())  # ZeRO-3 holds shards
+    megabytes = parameters * STATE_BYTES // 2**20
     free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free // 2**20
     if not all_agree(free > megabytes, engine.device):  # while all ranks can still say so
         raise UserError(f"checkpoint {final} needs about {megabytes} MiB and {free} MiB are free; {remedy}")
