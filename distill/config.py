@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from conf.cli import check
 from distill.field import FieldConfig
 from distill.volume import VolumeConfig
+from models.config import ReferenceConfig
 
 
 @dataclass
@@ -131,6 +132,7 @@ class GenerateConfig:
     elevation_deg: list[float] | None = None  # low, high; null: what the checkpoint was trained on
     fov_deg: list[float] | None = None  # vertical, likewise
     framing: list[float] | None = None  # distance * tan(fov / 2) in object units, likewise
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -18,7 +18,8 @@ from distill.snapshot import FILE, identity, load_snapshot, new_run
 from distill.turntable import save_turntable
 from models.checkpoint import load_export, read_info
 from models.device import choose_device
-from models.image_encoder import embed_image, load_reference_image
+from models.image_encoder import embed_image
+from models.reference_image import load_reference_image
 
 
 def image_to_mesh(config: GenerateConfig) -> None:
@@ -28,7 +29,7 @@ def image_to_mesh(config: GenerateConfig) -> None:
     """
     device, dtype = choose_device(config.device, config.dtype)
     read_info(config.checkpoint)
-    image = load_reference_image(config.image)
+    image = load_reference_image(config.image, config.reference)
     require_writable(config.out, needed_mb=64)
     with locked(Path(config.out)):
         run_to_the_mesh(config, image, device, dtype)

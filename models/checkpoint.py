@@ -1,12 +1,13 @@
 """The finished checkpoint: a folder of safetensors that training writes and sampling and distillation read.
 
-    export/  isotropic3d.json  unet/  vae/  image_encoder/  scheduler/
+    export/  isotropic3d.json  unet/  vae/  image_encoder/  scheduler/  (lora/)
 
 Each part is in diffusers' own format (`config.json` + `*.safetensors`); `isotropic3d.json` is `ExportInfo`.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from data.files import UserError, atomic_folder, read_json, write_json
 from models.autoencoder import load_autoencoder
 from models.folders import load_network
 from models.image_encoder import ClipImageEncoder, load_image_encoder_folder
-from models.multiview import CAMERA_FLOATS, MultiViewAttention
+from models.lora import has_adapter, merge_adapter, save_adapter
+from models.multiview import CAMERA_FLOATS, MultiViewAttention, embedding_width
 
 FORMAT = "isotropic3d-export/2"
 
@@ -82,9 +84,14 @@ def make_scheduler(
 
 
 def save_export(folder: str | Path, model: MultiViewModel) -> None:
-    """Writes the whole folder or nothing."""
+    """Writes the whole folder or nothing.  A LoRA adapter is merged into `unet/`, and stands by itself in `lora/`."""
     with atomic_folder(folder) as temporary:
-        model.unet.save_pretrained(temporary / "unet")
+        unet = model.unet
+        if has_adapter(unet):
+            save_adapter(unet, temporary / "lora")
+            unet = copy.deepcopy(unet)
+            merge_adapter(unet)
+        unet.save_pretrained(temporary / "unet")
         model.vae.save_pretrained(temporary / "vae")
         model.image_encoder.save_pretrained(temporary / "image_encoder")
         model.scheduler.save_pretrained(temporary / "scheduler")
@@ -193,7 +200,7 @@ def require_one_model(folder: Path, model: MultiViewModel) -> None:
     unet, vae = model.unet.config, model.vae.config
     for what, wanted, found in (
         ("vae's latent channels", unet.in_channels, vae["latent_channels"]),
-        ("image_encoder's width", unet.cross_attention_dim, model.image_encoder.config.embed_dim),
+        ("image_encoder's width", embedding_width(model.unet), model.image_encoder.width),
     ):
         if wanted != found:
             raise UserError(f"checkpoint {folder}: the {what} are {found} and its UNet wants {wanted}; export it again")

@@ -13,15 +13,20 @@ class UNetConfig:
     block_out_channels: list[int] = field(default_factory=lambda: [320, 640, 1280, 1280])
     heads: list[int] = field(default_factory=lambda: [5, 10, 20, 20])  # attention heads of each block
     layers_per_block: int = 2
-    cross_attention_dim: int = 1024  # width of the image embedding
+    cross_attention_dim: int = 1024  # width of what the layers attend to: the image embedding's
     attention_in_last_block: bool = False  # SD has none at its lowest resolution but the middle block's
     from_scratch: bool = False  # start from random weights, keyed by the seed
+    embedding_dim: int | None = None  # an image embedding of another width, mapped to it by a layer trained along
 
     def __post_init__(self) -> None:
         channels, heads = self.block_out_channels, self.heads
         check(self.layers_per_block >= 1, f"model.unet.layers_per_block={self.layers_per_block} must be at least 1")
         check(
             self.cross_attention_dim >= 1, f"model.unet.cross_attention_dim={self.cross_attention_dim} must be positive"
+        )
+        check(
+            self.embedding_dim is None or self.embedding_dim >= 1,
+            f"model.unet.embedding_dim={self.embedding_dim} must be positive, or null",
         )
         check(
             len(channels) == len(heads) and len(channels) > 0,
@@ -47,9 +52,61 @@ class AutoencoderConfig:
 
 @dataclass
 class ImageEncoderConfig:
-    weights: str | None = None  # folder written by this project, or null for open_clip's `arch` and `pretrained`
+    weights: str | None = None  # folder written by this project, or open_clip's file of `arch`; null: the hub
     arch: str = "ViT-H-14"  # open_clip architecture
     pretrained: str = "laion2b_s32b_b79k"  # open_clip weight tag, from the hub
+    from_scratch: bool = False  # random weights, keyed by the seed
+    # The condition: pooled, the one projected embedding, or patches, the last layer's patch tokens in the tower's own
+    # width (1280 for ViT-H-14).  null: as the folder says, else pooled.
+    tokens: str | None = None
+    # How pictures become the tower's input: released, as the released code does it, or open_clip, as the weights were
+    # trained.  null: as the folder says, else released.
+    preprocess: str | None = None
+
+    def __post_init__(self) -> None:
+        check(
+            self.tokens in (None, "pooled", "patches"),
+            f"model.image_encoder.tokens={self.tokens} must be pooled, patches or null",
+        )
+        check(
+            self.preprocess in (None, "released", "open_clip"),
+            f"model.image_encoder.preprocess={self.preprocess} must be released, open_clip or null",
+        )
+
+
+MATTING_MODELS = ("u2net", "u2netp", "silueta", "isnet-general-use", "birefnet-general", "birefnet-general-lite")
+
+
+@dataclass
+class ReferenceConfig:
+    """How a picture from outside becomes one object on white.  The released code only composites it."""
+
+    matting: bool = False  # cut the object out of a picture without transparency (needs the `matting` extra)
+    matting_model: str = "u2net"  # one of MATTING_MODELS, which rembg fetches once, or an .onnx file of U2-Net's kind
+    fill: float | None = (
+        None  # centre the object, its longer side this share of the picture; null leaves it where it is
+    )
+
+    def __post_init__(self) -> None:
+        check(
+            self.matting_model in MATTING_MODELS or self.matting_model.endswith(".onnx"),
+            f"reference.matting_model={self.matting_model} must be an .onnx file or one of {', '.join(MATTING_MODELS)}",
+        )
+        check(self.fill is None or 0 < self.fill <= 1, f"reference.fill={self.fill} must lie in (0, 1], or be null")
+
+
+@dataclass
+class LoraConfig:
+    """LoRA (arXiv 2106.09685): W + alpha / rank B A in the linear layers that `targets` names."""
+
+    rank: int = 16
+    alpha: int = 16
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])  # ends of layers' names
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, f"lora.rank={self.rank} must be at least 1")
+        check(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
+        check(len(self.targets) > 0, "lora.targets=[] names no layer")
 
 
 @dataclass

@@ -344,6 +344,8 @@ def to_ldm(arguments: argparse.Namespace) -> None:
                 f"{source / name} holds {config.get('_class_name', 'nothing')}, and an ldm checkpoint has an "
                 f"{PARTS[name]} there; leave it out with --allow-missing {name}"
             )
+        if choice := unknown_to_ldm(config):
+            raise UserError(f"{source / name} has {choice}, which the released code does not know")
         held = read_weights(source / name / WEIGHTS)
         require_whole(source / name, config, held, name)
         for key, ldm_name in ldm_names_of(name, config, held).items():
@@ -365,6 +367,14 @@ def to_ldm(arguments: argparse.Namespace) -> None:
     else:
         write_torch(arguments.out, tensors)
     print(f"wrote {arguments.out}")
+
+
+def unknown_to_ldm(config: Mapping[str, Any]) -> str | None:
+    """What of a part's configuration has no counterpart in an ldm checkpoint."""
+    for key, plain in (("encoder_hid_dim", None), ("tokens", "pooled"), ("preprocess", "released")):
+        if config.get(key, plain) != plain:
+            return f"{key}={config[key]}"
+    return None
 
 
 def require_whole(folder: Path, config: Mapping[str, Any], held: Mapping[str, Any], name: str) -> None:

@@ -1,4 +1,4 @@
-"""The condition: one CLIP embedding of the reference picture, and how a picture from outside becomes its input."""
+"""The condition: the CLIP embedding of a picture, by any open_clip image tower."""
 
 from __future__ import annotations
 
@@ -6,63 +6,122 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
-from PIL import Image, UnidentifiedImageError
+from open_clip.transform import PreprocessCfg, center_crop_or_pad, merge_preprocess_dict
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 
 from data.files import UserError
 from models.config import ImageEncoderConfig
 from models.folders import class_name, load_network
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # others start programs (EPS) or are no pictures of objects
-MAX_SIDE = 16384  # pixels; a larger picture is refused before it is decoded
-
 
 class ClipImageEncoder(ModelMixin, ConfigMixin):
-    """An open_clip image tower: pictures -> pooled, projected embedding, not L2-normalised.
+    """An open_clip image tower: pictures -> what the UNet attends to.
 
-    embed_dim and vision_cfg as in open_clip's model configurations.
+    embed_dim, vision_cfg and quick_gelu as in open_clip's model configurations.  tokens: "pooled", the one projected
+    embedding, not L2-normalised (T = 1, D = embed_dim), or "patches", the last layer's normalised patch tokens (D the
+    tower's own width).  preprocess: "released" or "open_clip"; preprocess_cfg: open_clip's PreprocessCfg, where it is
+    not CLIP's.  ValueError for a tower without patch tokens when they are asked for.
     """
 
     @register_to_config
-    def __init__(self, embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool = False):
+    def __init__(
+        self,
+        embed_dim: int,
+        vision_cfg: dict[str, Any],
+        quick_gelu: bool = False,
+        tokens: str = "pooled",
+        preprocess: str = "released",
+        preprocess_cfg: dict[str, Any] | None = None,
+    ):
         super().__init__()
         if ":" in str(vision_cfg.get("timm_model_name") or ""):
             raise ValueError(f"timm_model_name={vision_cfg['timm_model_name']} would be fetched from elsewhere")
-        vision_cfg = vision_cfg | {"timm_model_pretrained": False}  # weights come from the file, never from a hub
+        # Weights come from the file, never from a hub; CoCa's towers would return a pair.
+        vision_cfg = vision_cfg | {"timm_model_pretrained": False, "output_tokens": False}
         self.visual = _build_vision_tower(embed_dim, CLIPVisionCfg(**vision_cfg), quick_gelu)
+        self.require_choices(tokens, preprocess)
+
+    def require_choices(self, tokens: str, preprocess: str) -> None:
+        if tokens not in ("pooled", "patches") or preprocess not in ("released", "open_clip"):
+            raise ValueError(f"tokens={tokens} and preprocess={preprocess} are not what an image encoder can do")
+        if tokens == "patches" and self.token_width is None:
+            raise ValueError(f"tokens=patches: a {type(self.visual).__name__} of this kind gives no patch tokens")
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (N, 3, S, S), CLIP-normalised -> (N, D)."""
-        return self.visual(pixels)
+        """pixels (N, 3, S, S), normalised -> (N, T, D)."""
+        if self.config.tokens == "pooled":
+            return self.visual(pixels)[:, None]
+        found = self.visual.forward_intermediates(
+            pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
+        )
+        return found["image_intermediates"][-1]
 
     @property
     def image_size(self) -> int:
         size = self.config.vision_cfg.get("image_size", 224)
         return size if isinstance(size, int) else size[0]
 
+    @property
+    def token_width(self) -> int | None:
+        """Width of the patch tokens; None where the tower has none (ResNets, attentional pooling)."""
+        if hasattr(self.visual, "trunk"):
+            blocks = getattr(self.visual.trunk, "blocks", None)
+            return self.visual.trunk.num_features if blocks is not None else None
+        if getattr(self.visual, "attn_pool", True) is not None:
+            return None
+        return int(self.visual.ln_post.normalized_shape[0])
 
-def preprocess(images: Tensor, size: int) -> Tensor:
-    """images (N, 3, H, W) in [0, 1] -> (N, 3, size, size), CLIP-normalised, as the released code does it.
+    @property
+    def width(self) -> int:
+        """D, the width of what `forward` returns."""
+        width = self.config.embed_dim if self.config.tokens == "pooled" else self.token_width
+        assert width is not None
+        return width
+
+    @property
+    def preprocess_cfg(self) -> PreprocessCfg:
+        return PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), self.config.preprocess_cfg or {}))
+
+
+def preprocess(images: Tensor, size: int, cfg: PreprocessCfg | None = None) -> Tensor:
+    """images (N, 3, H, W) in [0, 1] -> (N, 3, size, size), normalised, as the released code does it.
 
     Bicubic with aligned corners, after a Gaussian blur where the picture shrinks (kornia.geometry.resize with
-    antialias); no crop, no clamp.
+    antialias); no crop, no clamp.  Of `cfg` only mean and standard deviation are used.
     """
     shrink = [max(side / size, 1.0) for side in images.shape[-2:]]
     for dim, factor in zip((2, 3), shrink, strict=True):
         if max(shrink) > 1:
             images = _blur(images, dim, sigma=max((factor - 1) / 2, 0.001))
     resized = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=True)
-    mean, std = (torch.tensor(v, dtype=images.dtype, device=images.device) for v in (CLIP_MEAN, CLIP_STD))
-    return (resized - mean[:, None, None]) / std[:, None, None]
+    return _normalise(resized, cfg or PreprocessCfg())
+
+
+def preprocess_open_clip(images: Tensor, size: int, cfg: PreprocessCfg) -> Tensor:
+    """images (N, 3, H, W) in [0, 1] -> (N, 3, size, size), normalised, as open_clip.transform.image_transform does it.
+
+    resize_mode: "shortest" side to `size` and the centre cropped, "longest" side and the rest filled, or "squash".
+    """
+    height, width = images.shape[-2:]
+    sides = [size]  # torchvision's word for the shorter side
+    if cfg.resize_mode != "shortest":
+        ratio = max(height, width) / size
+        sides = [size, size] if cfg.resize_mode == "squash" else [round(height / ratio), round(width / ratio)]
+    resized = TF.resize(images, sides, InterpolationMode(cfg.interpolation), antialias=True).clamp(0, 1)
+    return _normalise(center_crop_or_pad(resized, size, fill=cfg.fill_color / 255), cfg)
+
+
+def _normalise(images: Tensor, cfg: PreprocessCfg) -> Tensor:
+    mean, std = (torch.tensor(v, dtype=images.dtype, device=images.device) for v in (cfg.mean, cfg.std))
+    return (images - mean[:, None, None]) / std[:, None, None]
 
 
 def _blur(images: Tensor, dim: int, sigma: float) -> Tensor:
@@ -77,10 +136,11 @@ def _blur(images: Tensor, dim: int, sigma: float) -> Tensor:
 
 
 def embed_image(encoder: ClipImageEncoder, images: Tensor) -> Tensor:
-    """images (N, 3, H, W) in [0, 1] -> context (N, 1, D) in fp32."""
+    """images (N, 3, H, W) in [0, 1] -> context (N, T, D) in fp32; T = 1 for the pooled embedding."""
     weight = next(encoder.parameters())
-    pixels = preprocess(images.to(weight.device), encoder.image_size)
-    return encoder(pixels.to(weight.dtype)).float()[:, None]
+    prepare = preprocess if encoder.config.preprocess == "released" else preprocess_open_clip
+    pixels = prepare(images.to(weight.device), encoder.image_size, encoder.preprocess_cfg)
+    return encoder(pixels.to(weight.dtype)).float()
 
 
 @torch.no_grad()
@@ -105,7 +165,7 @@ def fit_random_tower(
     tower = ClipImageEncoder(embed_dim, vision)
     visual = tower.visual
     visual.proj.data = torch.eye(width)
-    features = tower(preprocess(images, size)).double()
+    features = tower(preprocess(images, size))[:, 0].double()
     mean = features.mean(dim=0)
     centres = torch.stack([features[objects == o].mean(dim=0) for o in objects.unique()])
     within = features - centres[torch.unique(objects, return_inverse=True)[1]]
@@ -127,32 +187,69 @@ def build_image_encoder(config: ImageEncoderConfig) -> ClipImageEncoder:
         raise UserError(
             f"model.image_encoder.arch={config.arch} is not an open_clip architecture; see open_clip.list_models()"
         )
-    return ClipImageEncoder(known["embed_dim"], copy.deepcopy(known["vision_cfg"]), known.get("quick_gelu", False))
+    tag = open_clip.get_pretrained_cfg(config.arch, config.pretrained)  # empty for an unknown tag
+    own = merge_preprocess_dict({}, tag)
+    try:
+        return ClipImageEncoder(
+            known["embed_dim"],
+            copy.deepcopy(known["vision_cfg"]),
+            bool(known.get("quick_gelu", False) or tag.get("quick_gelu", False)),
+            config.tokens or "pooled",
+            config.preprocess or "released",
+            {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()} or None,
+        )
+    except ValueError as error:
+        raise UserError(f"model.image_encoder.arch={config.arch}: {error}") from None
 
 
 def in_cache(config: ImageEncoderConfig) -> bool:
     """Whether open_clip's weights have been fetched from the hub before."""
     from huggingface_hub import try_to_load_from_cache
-    from open_clip.pretrained import get_pretrained_cfg
 
-    repository = get_pretrained_cfg(config.arch, config.pretrained).get("hf_hub", "").rstrip("/")
+    repository = open_clip.get_pretrained_cfg(config.arch, config.pretrained).get("hf_hub", "").rstrip("/")
     names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     return bool(repository) and any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
 
 
-def load_image_encoder(config: ImageEncoderConfig) -> ClipImageEncoder:
-    """Frozen, in fp32: from `config.weights`, or open_clip's `arch` with the hub's `pretrained` weights."""
+def load_image_encoder(config: ImageEncoderConfig, seed: int = 0) -> ClipImageEncoder:
+    """Frozen, in fp32: from `config.weights`, random by `seed`, or open_clip's `arch` with the hub's `pretrained`."""
+    if config.weights is not None and Path(config.weights).is_file():
+        return load_image_encoder_file(config)
     if config.weights is not None:
-        return load_image_encoder_folder(config.weights)
+        return with_choices(load_image_encoder_folder(config.weights), config)
+    if config.from_scratch:
+        torch.manual_seed(seed)
+        return build_image_encoder(config).requires_grad_(False).eval()
     encoder = build_image_encoder(config)
     try:
         donor = open_clip.create_model(config.arch, pretrained=config.pretrained)
     except Exception as error:  # open_clip and the hub raise many kinds; all mean the same to the user
         raise UserError(
             f"model.image_encoder: open_clip {config.arch}/{config.pretrained} cannot be had: {error}; "
-            "connect to the hub once, or set model.image_encoder.weights to a local folder"
+            "connect to the hub once, or set model.image_encoder.weights to a local folder or file"
         ) from error
     encoder.visual.load_state_dict(donor.visual.state_dict())
+    return encoder.requires_grad_(False).eval()
+
+
+def load_image_encoder_file(config: ImageEncoderConfig) -> ClipImageEncoder:
+    """From open_clip's own checkpoint of `config.arch`, whole (`visual.*` is taken) or of the image tower alone."""
+    from models.weights_file import read_weights
+
+    path = Path(str(config.weights))
+    weights = {name.removeprefix("module."): tensor for name, tensor in read_weights(path).items()}
+    if any(name.startswith("visual.") for name in weights):
+        weights = {n.removeprefix("visual."): t for n, t in weights.items() if n.startswith("visual.")}
+    encoder = build_image_encoder(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in encoder.visual.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if differing := sorted(set(wanted.items()) ^ set(found.items())):
+        raise UserError(
+            f"model.image_encoder.weights={path} is not of model.image_encoder.arch={config.arch}; first difference: "
+            f"{differing[0][0]}, which that architecture has as {wanted.get(differing[0][0])} and the file as "
+            f"{found.get(differing[0][0])}"
+        )
+    encoder.visual.load_state_dict(weights)
     return encoder.requires_grad_(False).eval()
 
 
@@ -161,39 +258,18 @@ def load_image_encoder_folder(folder: str | Path) -> ClipImageEncoder:
     return load_network(ClipImageEncoder, folder, "image encoder").requires_grad_(False).eval()
 
 
+def with_choices(encoder: ClipImageEncoder, config: ImageEncoderConfig) -> ClipImageEncoder:
+    """`encoder` with what `config` chooses in place of what its folder says."""
+    tokens, preprocess = config.tokens or encoder.config.tokens, config.preprocess or encoder.config.preprocess
+    try:
+        encoder.require_choices(tokens, preprocess)
+    except ValueError as error:
+        raise UserError(f"model.image_encoder.weights={config.weights}: {error}") from None
+    encoder.register_to_config(tokens=tokens, preprocess=preprocess)
+    return encoder
+
+
 def require_image_encoder(folder: str | Path) -> None:
     name = class_name(folder, "image encoder")
     if name != "ClipImageEncoder":
         raise UserError(f"image encoder: {folder} holds {name!r}, not a ClipImageEncoder")
-
-
-def load_reference_image(path: str | Path) -> Tensor:
-    """A picture file -> (3, H, W) in [0, 1], composited on white.  UserError for what is not a picture."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"image {path} does not exist")
-    try:
-        with Image.open(path, formats=FORMATS) as picture:
-            if max(picture.size) > MAX_SIDE:
-                raise UserError(f"image {path} is {picture.width} x {picture.height}; scale it below {MAX_SIDE} a side")
-            if min(picture.size) < 8:
-                raise UserError(
-                    f"image {path} is {picture.width} x {picture.height} pixels: too small to show an object"
-                )
-            return picture_to_tensor(picture)
-    except UserError:
-        raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"image {path} is not a picture that can be read ({error}); give a PNG, JPEG or WebP") from None
-
-
-def picture_to_tensor(picture: Image.Image) -> Tensor:
-    """-> (3, H, W) in [0, 1], composited on white."""
-    rgba = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255
-    return torch.from_numpy(composite_on_white(rgba)).permute(2, 0, 1).contiguous()
-
-
-def composite_on_white(rgba: np.ndarray) -> np.ndarray:
-    """(..., 4) float in [0, 1], straight alpha -> (..., 3)."""
-    alpha = rgba[..., 3:]
-    return rgba[..., :3] * alpha + (1 - alpha)

@@ -3,7 +3,7 @@
 MVDream is `diffusers.UNet2DConditionModel` with the camera as class label and self-attention over all views of an
 object: (b v) l c -> b (v l) c before attention and back after it (MVDream, arXiv 2308.16512, sec. 3.1).  EMA
 (Isotropic3D, arXiv 2403.10395, sec. 3.2) puts the noise-free reference view inside the same fold; it adds no parameter.
-Shapes: B objects, V views, C latent channels, h w latent size, D embedding width.
+Shapes: B objects, V views, C latent channels, h w latent size, T tokens of width D of the image embedding.
 """
 
 from __future__ import annotations
@@ -77,9 +77,26 @@ def build_unet(config: UNetConfig, latent_channels: int, latent_size: int) -> UN
         use_linear_projection=True,
         class_embed_type="projection",
         projection_class_embeddings_input_dim=CAMERA_FLOATS,
+        encoder_hid_dim=config.embedding_dim,
+        encoder_hid_dim_type=None if config.embedding_dim is None else "text_proj",
     )
+    if config.embedding_dim is not None:
+        unet.encoder_hid_proj = embedding_layer(config.embedding_dim, config.cross_attention_dim)
     unet.set_attn_processor(MultiViewAttention())
     return unet
+
+
+def embedding_layer(width: int, cross_attention_dim: int) -> torch.nn.Linear:
+    """For an image embedding of another width.  At first its scale is kept, and zeros (unconditional) stay zeros."""
+    layer = torch.nn.Linear(width, cross_attention_dim)
+    torch.nn.init.orthogonal_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    return layer
+
+
+def embedding_width(unet: Any) -> int:
+    """D, the width of the image embedding that the UNet takes."""
+    return int(unet.config.encoder_hid_dim or unet.config.cross_attention_dim)
 
 
 def predict_noise_output(
@@ -93,7 +110,7 @@ def predict_noise_output(
 ) -> Tensor:
     """Raw network output (epsilon or v, as the model was trained) for all views of each object.
 
-    latents (B, V, C, h, w), timesteps (B,) or (B, V), context (B, 1, D), camera (B, V, 16) -> (B, V, C, h, w).
+    latents (B, V, C, h, w), timesteps (B,) or (B, V), context (B, T, D), camera (B, V, 16) -> (B, V, C, h, w).
     The last `num_references` of the V are clean references, which meet the others as `ema` says.
     """
     b, v = latents.shape[:2]

@@ -4,7 +4,7 @@
     pipe = MultiViewPipeline.from_pretrained("runs/mine/stage2/export").to("cuda")
     views = pipe(image, num_views=4).images[0]
 
-Shapes: B images, V views, D embedding width, H W pixels.
+Shapes: B images, V views, T tokens of width D of the embedding, H W pixels.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from torch import Tensor
 from data.cameras import orbit_camera
 from data.files import atomic_file
 from models.autoencoder import decode_latents, downscale_of
-from models.image_encoder import embed_image, picture_to_tensor
-from models.multiview import MultiViewAttention
+from models.image_encoder import embed_image
+from models.multiview import MultiViewAttention, embedding_width
+from models.reference_image import picture_to_tensor
 from models.sampling import sample_latents
 
 KINDS = {
@@ -88,7 +89,7 @@ class MultiViewPipeline(DiffusionPipeline):
         return pipe
 
     def encode_image(self, image: Any) -> Tensor:
-        """A picture or several -> context (B, 1, D).
+        """A picture or several -> context (B, T, D).
 
         PIL pictures (alpha composited on white), (B, H, W, 3) numpy or (B, 3, H, W) torch in [0, 1].
         """
@@ -125,7 +126,7 @@ class MultiViewPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> MultiViewOutput | tuple[Any]:
-        """image or image_embeds (B, D) or (B, 1, D): exactly one of the two.
+        """image or image_embeds (B, D) or (B, T, D): exactly one of the two.
 
         azimuths_deg: V numbers, 0 the front, growing counter-clockwise as seen from above; None: `num_views` equally
         spaced ones from the front.  elevations_deg: one number or V.  guidance_scale 1 runs without guidance, in half
@@ -150,9 +151,9 @@ class MultiViewPipeline(DiffusionPipeline):
         c2w = cameras(azimuths_deg, elevations_deg, num_views)
         context = self.encode_image(image) if image_embeds is None else image_embeds
         context = context[:, None] if context.ndim == 2 else context
-        width = self.unet.config.cross_attention_dim
+        width = embedding_width(self.unet)
         if context.ndim != 3 or context.shape[-1] != width:
-            raise ValueError(f"image_embeds of shape {tuple(context.shape)} must be (B, {width}) or (B, 1, {width})")
+            raise ValueError(f"image_embeds of shape {tuple(context.shape)} must be (B, {width}) or (B, T, {width})")
         context = context.to(self._execution_device)
 
         self._num_timesteps = num_inference_steps

@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from conf.cli import check, run
 from data.files import UserError, atomic_file, require_writable, write_json
+from models.config import ReferenceConfig
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -28,6 +29,7 @@ class SampleConfig:
     num_views: int = 4  # equally spaced in azimuth, the first from the front
     azimuths_deg: list[float] | None = None  # instead of num_views: 0 the front, counter-clockwise as seen from above
     image_size: int | None = None  # pixels a side of the views; null: as trained
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     elevations_deg: list[float] = field(default_factory=lambda: [15.0])  # one for all views, or one each
     guidance_scale: float = 5.0  # 1 runs without guidance, in half the time
     guidance_rescale: float = 0.0  # arXiv 2305.08891, eq. 15-16
@@ -91,9 +93,9 @@ def main(config: SampleConfig) -> None:
     require_writable(out, needed_mb=16)
     # Imported here, so that --help and wrong values do not wait for them.
     from models.device import choose_device
-    from models.image_encoder import load_reference_image
+    from models.reference_image import load_reference_image
 
-    images = [load_reference_image(path) for path in paths]
+    images = [load_reference_image(path, config.reference) for path in paths]
     device, dtype = choose_device(config.device, config.dtype)
     draw(config, paths, images, device, dtype)
 

@@ -1,6 +1,7 @@
 """Views from an embedding and camera poses, with classifier-free guidance over all views at once.
 
-Shapes: B objects, V views, C latent channels, h w latent size, D embedding width, H W pixels.
+Shapes: B objects, V views, C latent channels, h w latent size, T tokens of width D of the embedding, H W
+pixels.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def sample_latents(
     device: torch.device | None = None,
     on_step: Callable[[int, int, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """context (B, 1, D), c2w (B, V, 4, 4) -> latents (B, V, C, h, w), scaled as the UNet sees them.
+    """context (B, T, D), c2w (B, V, 4, 4) -> latents (B, V, C, h, w), scaled as the UNet sees them.
 
     guidance_scale 1 runs the conditional network alone; the unconditional context is zeros.  guidance_rescale: share of
     the rescaling that gives the guided prediction the conditional one's spread (arXiv 2305.08891, eq. 15-16).
@@ -89,7 +90,7 @@ def sample_views(
     steps: int = 50,
     generator: Generators = None,
 ) -> Tensor:
-    """context (B, 1, D), c2w (B, V, 4, 4) -> pictures (B, V, 3, H, W) in [0, 1], on the CPU."""
+    """context (B, T, D), c2w (B, V, 4, 4) -> pictures (B, V, 3, H, W) in [0, 1], on the CPU."""
     latents = sample_latents(
         model.unet, model.scheduler, context, c2w, guidance_scale=guidance_scale, steps=steps, generator=generator,
         convention=model.info.camera,

@@ -96,7 +96,10 @@ def save_checkpoint(
     final = folder / f"step_{state.step:08d}"
     temporary = folder / f".step_{state.step:08d}.tmp"
     remedy = "free disk space and start again: the run goes on from the checkpoint before it"
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())  # ZeRO-3 holds shards
+    # Frozen weights are not saved: they come from where the run started.  ZeRO-3 holds shards.
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+    frozen = len(trained) < len(list(engine.module.parameters()))
     megabytes = parameters * STATE_BYTES // 2**20
     free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free // 2**20
     if not all_agree(free > megabytes, engine.device):  # while all ranks can still say so
@@ -106,7 +109,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     dist.barrier()
     try:
-        engine.save_checkpoint(str(temporary), tag="engine", save_latest=False)
+        engine.save_checkpoint(str(temporary), tag="engine", save_latest=False, exclude_frozen_parameters=frozen)
         tensors = {f"{i:05d}": t for i, t in enumerate(average.average) if t is not None}
         save_file(tensors, str(temporary / f"weight_average_rank{engine.global_rank}.safetensors"))
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -150,7 +153,8 @@ def load_checkpoint(path: Path, engine: Any, average: WeightAverage) -> TrainSta
                 f"checkpoint {path} was saved with {key}={saved[key]} and this run has {current}; "
                 f"resume with {saved[key]}, or start from its weights with init_from=<export folder>"
             )
-    loaded, _ = engine.load_checkpoint(str(path), tag="engine")
+    whole = all(parameter.requires_grad for parameter in engine.module.parameters())
+    loaded, _ = engine.load_checkpoint(str(path), tag="engine", load_module_strict=whole)
     shard = path / f"weight_average_rank{engine.global_rank}.safetensors"
     ok = loaded is not None and shard.is_file()
     try:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field
 
 from conf.cli import check
-from models.config import ModelConfig
+from models.config import LoraConfig, ModelConfig
 
 
 @dataclass
@@ -107,6 +107,8 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    trainable: str = "all"  # weights of the UNet: all; attention or cross_attention, those layers'; lora, an adapter
+    lora: LoraConfig = field(default_factory=LoraConfig)  # read with trainable=lora
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -134,6 +136,15 @@ class TrainConfig:
             self.stage == 2 or self.objective.reference_probability == 0,
             f"objective.reference_probability={self.objective.reference_probability} needs stage=2: "
             "stage 1 has no reference view; set it to 0",
+        )
+        check(
+            self.trainable in ("all", "attention", "cross_attention", "lora"),
+            f"trainable={self.trainable} must be all, attention, cross_attention or lora",
+        )
+        check(
+            self.trainable == "all" or self.init_from is not None or self.model.unet.weights is not None,
+            f"trainable={self.trainable} keeps most weights as they are, and there are none to start from: give "
+            "model.unet.weights or init_from",
         )
         check(self.resume in ("auto", "never"), f"resume={self.resume} must be auto or never")
         check(self.precision in ("auto", "bf16", "fp32"), f"precision={self.precision} must be auto, bf16 or fp32")

@@ -17,9 +17,10 @@ from data.shards import read_manifest
 from models.autoencoder import SD_VAE, autoencoder_kind
 from models.checkpoint import read_info
 from models.folders import empty_network
-from models.image_encoder import ClipImageEncoder, build_image_encoder, in_cache, require_image_encoder
+from models.image_encoder import ClipImageEncoder, build_image_encoder, in_cache, require_image_encoder, with_choices
 from models.multiview import CAMERA_FLOATS, build_unet, predict_noise_output
 from train.config import TrainConfig
+from train.trainable import choose_trainable
 
 GIB = 2**30
 
@@ -41,6 +42,7 @@ def build(config: TrainConfig) -> Networks:
     size = config.data.image_size // config.model.autoencoder.downscale
     with torch.device("meta"):
         unet = build_unet(config.model.unet, config.model.autoencoder.latent_channels, size).to(torch.bfloat16)
+        choose_trainable(unet, config)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     weights = config.model.autoencoder.weights
@@ -52,7 +54,8 @@ def build(config: TrainConfig) -> Networks:
     weights = config.model.image_encoder.weights
     if weights is not None and Path(weights).is_dir():
         require_image_encoder(weights)
-        image_encoder = empty_network(ClipImageEncoder, weights, "image encoder")
+        encoder = empty_network(ClipImageEncoder, weights, "image encoder")
+        image_encoder = with_choices(encoder, config.model.image_encoder)
     else:
         with torch.device("meta"):
             image_encoder = build_image_encoder(config.model.image_encoder)
@@ -78,21 +81,22 @@ def training_cost(config: TrainConfig, networks: Networks) -> tuple[float, float
             kept[storage._cdata] = storage
         return tensor
 
+    pixels = config.data.image_size
+    with FlopCounterMode(display=False) as frozen, torch.no_grad():
+        networks.vae.encode(torch.empty(views, 3, pixels, pixels, device="meta"))
+        side = networks.image_encoder.image_size
+        tokens = networks.image_encoder(torch.empty(1, 3, side, side, device="meta")).shape[1]
+    width = config.model.unet.embedding_dim or config.model.unet.cross_attention_dim
     with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         output = predict_noise_output(
             networks.unet,
             torch.empty(1, views, auto.latent_channels, size, size, **meta, requires_grad=True),
             torch.zeros(1, dtype=torch.long, device="meta"),
-            torch.empty(1, 1, config.model.unet.cross_attention_dim, **meta),
+            torch.empty(1, tokens, width, **meta),
             torch.empty(1, views, CAMERA_FLOATS, **meta),
         )
     with FlopCounterMode(display=False) as backward:
         output.sum().backward()
-    pixels = config.data.image_size
-    with FlopCounterMode(display=False) as frozen, torch.no_grad():
-        networks.vae.encode(torch.empty(views, 3, pixels, pixels, device="meta"))
-        side = networks.image_encoder.image_size
-        networks.image_encoder(torch.empty(1, 3, side, side, device="meta"))
     ahead = forward.get_total_flops()
     return (
         ahead,
@@ -102,8 +106,8 @@ def training_cost(config: TrainConfig, networks: Networks) -> tuple[float, float
     )
 
 
-def state_bytes(parameters: int, zero_stage: int, world: int, offload: bool) -> dict[str, float]:
-    """Bytes a GPU for bf16 training with AdamW and a running weight average.
+def state_bytes(parameters: int, trained: int, zero_stage: int, world: int, offload: bool) -> dict[str, float]:
+    """Bytes a GPU for bf16 training with AdamW and a running weight average, of which only `trained` have state.
 
     ZeRO (arXiv 1910.02054, sec. 5): stage 1 shards the optimizer state, 2 the gradients, 3 the weights.
     """
@@ -111,9 +115,9 @@ def state_bytes(parameters: int, zero_stage: int, world: int, offload: bool) -> 
     on_gpu = 0.0 if offload else 1.0
     return {
         "weights, bf16": 2.0 * parameters * shard[2],
-        "gradients, bf16": 2.0 * parameters * shard[1],
-        "fp32 masters and Adam's moments": 12.0 * parameters * shard[0] * on_gpu,
-        "weight average, fp32": 4.0 * parameters * shard[0],
+        "gradients, bf16": 2.0 * trained * shard[1],
+        "fp32 masters and Adam's moments": 12.0 * trained * shard[0] * on_gpu,
+        "weight average, fp32": 4.0 * trained * shard[0],
     }
 
 
@@ -147,12 +151,12 @@ def missing(config: TrainConfig) -> list[tuple[str, str]]:
     if vae is None or not Path(vae).is_dir():
         rows.append((f"autoencoder weights: {vae or 'not set'}", "model.autoencoder.weights=<vae folder of SD 2.1>"))
     encoder = config.model.image_encoder
-    if encoder.weights is None and not in_cache(encoder):
+    if encoder.weights is None and not encoder.from_scratch and not in_cache(encoder):
         rows.append(
             (f"image encoder: open_clip {encoder.arch}/{encoder.pretrained} comes from the hub at the first start",
-             "start once with a network, or model.image_encoder.weights=<folder>")
+             "start once with a network, or model.image_encoder.weights=<folder or file>")
         )  # fmt: skip
-    elif encoder.weights is not None and not Path(encoder.weights).is_dir():
+    elif encoder.weights is not None and not Path(encoder.weights).exists():
         rows.append((f"image encoder: {encoder.weights} does not exist", "model.image_encoder.weights=<folder>"))
     return rows
 
@@ -166,7 +170,8 @@ def dry_run(config: TrainConfig) -> None:
     networks = build(config)
     forward, step, frozen, kept = training_cost(config, networks)
     sizes = {name: count(part) for name, part in vars(networks).items()}
-    memory = state_bytes(sizes["unet"], config.deepspeed.zero_stage, world, config.deepspeed.offload_optimizer)
+    trained = sum(p.numel() for p in networks.unet.parameters() if p.requires_grad)
+    memory = state_bytes(sizes["unet"], trained, config.deepspeed.zero_stage, world, config.deepspeed.offload_optimizer)
     memory["frozen encoders, fp32"] = 4.0 * (sizes["vae"] + sizes["image_encoder"])
     activations = f"kept for the backward pass, {config.micro_batch_size} objects"
     memory[activations] = kept * config.micro_batch_size
@@ -176,6 +181,7 @@ def dry_run(config: TrainConfig) -> None:
         "",
         "parameters",
         *(f"  {name:<34}{number / 1e6:10.1f} M" for name, number in sizes.items()),
+        f"  {'trained: ' + config.trainable:<34}{trained / 1e6:10.1f} M",
         f"FLOPs a sample of {views} views" + (" and the reference" if config.objective.reference_probability else ""),
         f"  {'UNet, forward':<34}{forward / 1e12:10.3f} TFLOP",
         f"  {'UNet, forward and backward':<34}{step / 1e12:10.3f} TFLOP",

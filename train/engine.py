@@ -84,7 +84,7 @@ def deepspeed_config(config: TrainConfig, precision: str) -> dict[str, Any]:
 
 
 def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
-    """Accelerator and DeepSpeed engine around the UNet.  AdamW over all of its parameters."""
+    """Accelerator and DeepSpeed engine around the UNet.  AdamW over those of its parameters that require gradients."""
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
@@ -100,7 +100,7 @@ def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
             "--use_deepspeed` and without an accelerate configuration file that asks for another engine"
         )
     optimizer = torch.optim.AdamW(
-        unet.parameters(),
+        [parameter for parameter in unet.parameters() if parameter.requires_grad],
         lr=config.optim.lr,
         betas=(config.optim.betas[0], config.optim.betas[1]),
         eps=config.optim.eps,
@@ -133,13 +133,17 @@ def all_agree(ok: bool, device: torch.device) -> bool:
 def local_masters(engine: Any) -> list[Tensor | None]:
     """This rank's part of each parameter's fp32 master, in the parameters' order; None where it holds none.
 
+    Frozen parameters have none.
+
     Views into the optimizer's own memory (DeepSpeed maps each parameter onto its flat fp32 partition).
     """
     from deepspeed.utils import safe_get_local_fp32_param
 
     masters: list[Tensor | None] = []
     for parameter in engine.module.parameters():
-        if hasattr(parameter, "ds_id"):  # ZeRO-3
+        if not parameter.requires_grad:
+            masters.append(None)
+        elif hasattr(parameter, "ds_id"):  # ZeRO-3
             masters.append(safe_get_local_fp32_param(parameter))
         elif getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO-1 and 2
             masters.append(parameter._hp_mapping.get_hp_fragment())
@@ -169,7 +173,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def gather(self) -> dict[str, Tensor] | None:
-        """The averaged weights, whole, in fp32 on the CPU of rank 0; None elsewhere.  Every rank must call it.
+        """The averaged trained weights, whole, in fp32 on the CPU of rank 0; None elsewhere.  Every rank must call it.
 
         The average stands in for the masters while DeepSpeed assembles them; the masters come back afterwards.
         """
@@ -180,6 +184,8 @@ class WeightAverage:
         self._write(self.average)
         gathered = {}
         for name, parameter in self.engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             whole = safe_get_full_fp32_param(parameter)
             if whole is None:
                 whole = parameter.data

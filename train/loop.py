@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import time
@@ -23,7 +24,7 @@ from data.stream import Batch, ViewDataset, micro_batches
 from models.autoencoder import downscale_of, load_autoencoder
 from models.checkpoint import ExportInfo, MultiViewModel, load_unet, make_scheduler, read_info, save_export
 from models.image_encoder import ClipImageEncoder, load_image_encoder
-from models.multiview import build_unet
+from models.multiview import build_unet, embedding_layer
 from train.checkpoints import (
     STATE_BYTES,
     TrainState,
@@ -39,6 +40,7 @@ from train.engine import WeightAverage, build_engine, mean_over_ranks, prepare_e
 from train.monitor import Monitor
 from train.objective import Encoders, choose_branch, training_loss
 from train.samples import sample_grid
+from train.trainable import choose_trainable
 
 
 def train(config: TrainConfig) -> None:
@@ -153,6 +155,7 @@ def set_up(config: TrainConfig) -> Run | None:
     print_main(f"stage {config.stage}: {len(dataset.index)} objects; loading the networks")
     vae, image_encoder = frozen_parts(config)
     unet = initial_unet(config)
+    choose_trainable(unet, config)
     require_space(config, folder, unet)
     prepare_environment(config.cpu)
     if is_main():
@@ -161,6 +164,8 @@ def set_up(config: TrainConfig) -> Run | None:
             temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
     print_main(f"stage {config.stage}: starting DeepSpeed; its first time on a machine, it compiles for a minute")
+    # The averaged weights are gathered into a UNet of their own.  Its frozen weights stay in fp32, as they came.
+    averaged = copy.deepcopy(unet) if is_main() and config.trainable != "all" else empty_unet(config)
     accelerator, engine = build_engine(config, unet)
     average = WeightAverage(engine, config.optim.weight_average_decay)
     state = TrainState()
@@ -169,7 +174,7 @@ def set_up(config: TrainConfig) -> Run | None:
         state = load_checkpoint(newest, engine, average)
         print_main(f"stage {config.stage}: going on from {newest}")
     model = MultiViewModel(
-        empty_unet(config),
+        averaged,
         vae.to(accelerator.device),
         image_encoder.to(accelerator.device),
         make_scheduler(config.model.prediction_type, config.model.zero_terminal_snr),
@@ -203,7 +208,7 @@ def finished(config: TrainConfig, folder: Path) -> bool:
 
 def require_space(config: TrainConfig, folder: Path, unet: Any) -> None:
     """UserError when the disk cannot hold the checkpoints that are still to come."""
-    state_mb = sum(p.numel() for p in unet.parameters()) * STATE_BYTES // 2**20
+    state_mb = sum(p.numel() for p in unet.parameters() if p.requires_grad) * STATE_BYTES // 2**20
     # While one is written there is one more than are kept.
     to_come = config.keep_checkpoints + 1 - len(checkpoint_folders(folder / "checkpoints"))
     require_writable(folder, needed_mb=64 + state_mb * to_come)
@@ -227,7 +232,7 @@ def frozen_parts(config: TrainConfig) -> tuple[Any, ClipImageEncoder]:
     if config.model.autoencoder.weights is None:
         raise UserError("model.autoencoder.weights is not set; give the vae folder of a diffusers model")
     vae = load_autoencoder(config.model.autoencoder.weights)
-    image_encoder = load_image_encoder(config.model.image_encoder)
+    image_encoder = load_image_encoder(config.model.image_encoder, config.seed)
     require_fitting_parts(config, vae, image_encoder)
     return vae, image_encoder
 
@@ -238,10 +243,16 @@ def require_fitting_parts(config: TrainConfig, vae: Any, image_encoder: Any) -> 
     for key, said, found in (
         ("model.autoencoder.latent_channels", described.latent_channels, codec["latent_channels"]),
         ("model.autoencoder.downscale", described.downscale, downscale_of(vae)),
-        ("model.unet.cross_attention_dim", config.model.unet.cross_attention_dim, image_encoder.config["embed_dim"]),
     ):
         if said != found:
             raise UserError(f"{key}={said}, but the loaded network's is {found}; set {key}={found}, or load another")
+    unet, width = config.model.unet, image_encoder.width
+    if (unet.embedding_dim or unet.cross_attention_dim) != width:
+        key = "cross_attention_dim" if unet.embedding_dim is None else "embedding_dim"
+        raise UserError(
+            f"model.unet.{key}={getattr(unet, key)}, but the image encoder's embedding has width {width}; set "
+            f"model.unet.embedding_dim={width}, or load another encoder"
+        )
 
 
 def empty_unet(config: TrainConfig) -> Any:
@@ -279,6 +290,11 @@ def unet_to_start_from(config: TrainConfig) -> Any:
                 raise UserError(f"{source} was trained with {name}={schedule.get(key)}; set model.{name} to that")
     else:
         source, unet = f"model.unet.weights={config.model.unet.weights}", load_unet(str(config.model.unet.weights))
+    width = config.model.unet.embedding_dim
+    if width is not None and unet.encoder_hid_proj is None:  # new here, and random by the seed
+        torch.manual_seed(config.seed)
+        unet.encoder_hid_proj = embedding_layer(width, unet.config.cross_attention_dim)
+        unet.register_to_config(encoder_hid_dim=width, encoder_hid_dim_type="text_proj")
     expected = {name: p.shape for name, p in empty_unet(config).named_parameters()}
     differing = sorted(set(expected.items()) ^ {(name, p.shape) for name, p in unet.named_parameters()})
     # The number of heads does not show in the shapes.
@@ -340,7 +356,7 @@ def fill_averaged_weights(run: Run) -> None:
         return
     weights = run.average.gather()
     if weights is not None:
-        run.model.unet.load_state_dict(weights, assign=True)
+        run.model.unet.load_state_dict(weights, strict=run.config.trainable == "all", assign=True)
         run.model.unet.requires_grad_(False).eval()
     run.model.info.step = run.state.step
     run.gathered_step = run.state.step

@@ -3,7 +3,7 @@
 Branch a (single view) treats the views as separate pictures without camera; branch b folds them; in stage 2 the clean
 reference view may join the fold (EMA) and never reaches the loss (Isotropic3D, arXiv 2403.10395, sec. 3.2).
 All randomness is keyed by (seed, purpose, step or position), so it does not depend on ranks, workers or resuming.
-Shapes: B objects, V views, C latent channels, h w latent size, D embedding width.
+Shapes: B objects, V views, C latent channels, h w latent size, T tokens of width D of the embedding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures from outside, the released preprocessing, and the small tower."""
+"""Towers of any kind, what becomes of a picture before them, and the small tower."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
-from PIL import Image
+from open_clip.model import CLIPVisionCfg, _build_vision_tower
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image, ImageFilter
+from safetensors.torch import save_file
 
 from data.files import UserError
 from models.config import ImageEncoderConfig
@@ -17,9 +21,10 @@ from models.image_encoder import (
     build_image_encoder,
     embed_image,
     fit_random_tower,
+    load_image_encoder,
     load_image_encoder_folder,
-    load_reference_image,
     preprocess,
+    preprocess_open_clip,
 )
 
 RECORDED = np.load(Path(__file__).with_name("released_preprocessing.npz"))
@@ -52,39 +57,104 @@ def test_tower_tells_objects_apart(tmp_path) -> None:
         assert torch.equal(embed_image(load_image_encoder_folder(tmp_path), fresh), new)
 
 
-def test_any_open_clip_architecture() -> None:
+@pytest.mark.parametrize("arch", ["ViT-H-14", "RN50", "coca_ViT-B-32", "ViT-B-16-SigLIP", "convnext_base"])
+def test_any_open_clip_architecture(arch: str) -> None:
     with torch.device("meta"):
-        encoder = build_image_encoder(ImageEncoderConfig())
-        assert isinstance(encoder, ClipImageEncoder) and encoder.image_size == 224
-        assert encoder(torch.empty(1, 3, 224, 224)).shape == (1, 1024)
+        encoder = build_image_encoder(ImageEncoderConfig(arch=arch))
+        size = encoder.image_size
+        pooled = encoder(torch.empty(2, 3, size, size))
+    assert isinstance(encoder, ClipImageEncoder)
+    assert pooled.shape == (2, 1, open_clip.get_model_config(arch)["embed_dim"]) == (2, 1, encoder.width)
+
+
+def test_an_unknown_architecture() -> None:
     with pytest.raises(UserError, match="ViT-Z"):
         build_image_encoder(ImageEncoderConfig(arch="ViT-Z"))
 
 
-def test_reference_is_composited_on_white(tmp_path) -> None:
-    rgba = np.zeros((16, 16, 4), dtype=np.uint8)
-    rgba[:8] = (255, 0, 0, 255)
-    Image.fromarray(rgba).save(tmp_path / "a.png")
-    image = load_reference_image(tmp_path / "a.png")
-    assert image.shape == (3, 16, 16)
-    assert image[:, 0, 0].tolist() == [1, 0, 0] and image[:, 15, 15].tolist() == [1, 1, 1]
+@pytest.mark.parametrize(("arch", "count", "width"), [("ViT-H-14", 256, 1280), ("ViT-B-16-SigLIP", 196, 768)])
+def test_patch_tokens_at_full_size(arch: str, count: int, width: int) -> None:
+    with torch.device("meta"):
+        encoder = build_image_encoder(ImageEncoderConfig(arch=arch, tokens="patches"))
+        shape = encoder(torch.empty(1, 3, 224, 224)).shape
+    assert shape == (1, count, width) and encoder.width == width
 
 
-def test_what_is_no_picture(tmp_path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        load_reference_image(tmp_path / "none.png")
-    (tmp_path / "text.png").write_text("I am no picture")
-    with pytest.raises(UserError, match=r"text\.png is not a picture"):
-        load_reference_image(tmp_path / "text.png")
-    Image.new("RGB", (64, 64)).save(tmp_path / "cut.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
-    with pytest.raises(UserError, match=r"cut\.png"):
-        load_reference_image(tmp_path / "cut.png")
-    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
-    with pytest.raises(UserError, match="too small"):
-        load_reference_image(tmp_path / "dot.png")
-    Image.new("L", (20000, 8)).save(tmp_path / "long.png")
-    with pytest.raises(UserError, match="20000"):
-        load_reference_image(tmp_path / "long.png")
-    Image.new("CMYK", (32, 32)).save(tmp_path / "cmyk.jpg")
-    assert load_reference_image(tmp_path / "cmyk.jpg").shape == (3, 32, 32)
+@pytest.mark.parametrize("arch", ["RN50", "coca_ViT-B-32", "convnext_base"])
+def test_towers_without_patch_tokens_say_so(arch: str) -> None:
+    with torch.device("meta"), pytest.raises(UserError, match=f"{arch}.*no patch tokens"):
+        build_image_encoder(ImageEncoderConfig(arch=arch, tokens="patches"))
+
+
+VISION = {"image_size": 28, "patch_size": 14, "width": 32, "layers": 2, "head_width": 16}
+
+
+@torch.no_grad()
+def test_patch_tokens_are_open_clips() -> None:
+    """Against open_clip's own way to return them, with the same weights."""
+    encoder = ClipImageEncoder(24, VISION, tokens="patches").eval()
+    theirs = _build_vision_tower(24, CLIPVisionCfg(**VISION, output_tokens=True)).eval()
+    theirs.load_state_dict(encoder.visual.state_dict())
+    pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    pooled, tokens = theirs(pixels)
+    torch.testing.assert_close(encoder(pixels), tokens, atol=1e-6, rtol=1e-5)
+    encoder.register_to_config(tokens="pooled")
+    torch.testing.assert_close(encoder(pixels)[:, 0], pooled, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("sides", [(300, 300), (100, 331), (451, 120), (40, 30)])
+def test_open_clips_preprocessing(mode: str, sides: tuple[int, int]) -> None:
+    """Against its own transform of the PIL picture, which rounds to 8 bits once more."""
+    cfg = PreprocessCfg(size=64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize_mode=mode, fill_color=127)
+    noise = np.random.default_rng(0).integers(0, 256, (*sides, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(2))
+    theirs = image_transform_v2(cfg, is_train=False)(picture)
+    pixels = torch.from_numpy(np.asarray(picture).astype(np.float32) / 255).permute(2, 0, 1)
+    ours = preprocess_open_clip(pixels[None], 64, cfg)[0]
+    assert ours.shape == theirs.shape == (3, 64, 64)
+    assert float((ours - theirs).abs().max()) <= 2.1 / 255 / 0.5
+
+
+def test_the_choice_of_preprocessing_is_saved_and_used(tmp_path) -> None:
+    encoder = ClipImageEncoder(24, VISION, preprocess="open_clip", preprocess_cfg={"mean": [0.5] * 3, "std": [0.5] * 3})
+    encoder.save_pretrained(tmp_path)
+    loaded = load_image_encoder_folder(tmp_path)
+    images = torch.rand(2, 3, 40, 60, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = loaded(preprocess_open_clip(images, 28, PreprocessCfg(mean=(0.5,) * 3, std=(0.5,) * 3)))
+        assert torch.equal(embed_image(loaded, images), expected)
+        other = load_image_encoder(ImageEncoderConfig(weights=str(tmp_path), preprocess="released", tokens="patches"))
+        expected = other(preprocess(images, 28, PreprocessCfg(mean=(0.5,) * 3, std=(0.5,) * 3)))
+        assert torch.equal(embed_image(other, images), expected) and expected.shape == (2, 4, 32)
+
+
+def test_each_tags_own_normalisation() -> None:
+    with torch.device("meta"):
+        siglip = build_image_encoder(ImageEncoderConfig(arch="ViT-B-16-SigLIP", pretrained="webli"))
+        clip = build_image_encoder(ImageEncoderConfig())
+    assert tuple(siglip.preprocess_cfg.mean) == (0.5, 0.5, 0.5) and siglip.preprocess_cfg.resize_mode == "squash"
+    assert clip.preprocess_cfg.mean[0] == pytest.approx(0.48145466)
+
+
+def test_a_local_open_clip_file(tmp_path) -> None:
+    model = open_clip.create_model("RN50", pretrained=None)
+    torch.save(model.state_dict(), tmp_path / "rn50.pt")
+    save_file({f"module.{n}": t for n, t in model.state_dict().items()}, tmp_path / "rn50.safetensors")
+    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.eval().encode_image(pixels)
+        for name in ("rn50.pt", "rn50.safetensors"):
+            encoder = load_image_encoder(ImageEncoderConfig(weights=str(tmp_path / name), arch="RN50"))
+            assert torch.equal(encoder(pixels)[:, 0], expected)
+    with pytest.raises(UserError, match=r"rn50\.pt is not of model\.image_encoder\.arch=ViT-B-32"):
+        load_image_encoder(ImageEncoderConfig(weights=str(tmp_path / "rn50.pt"), arch="ViT-B-32"))
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "rn50.pt").read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"cut\.pt is not a checkpoint"):
+        load_image_encoder(ImageEncoderConfig(weights=str(tmp_path / "cut.pt"), arch="RN50"))
+
+
+def test_random_weights_are_keyed_by_the_seed() -> None:
+    config = ImageEncoderConfig(arch="ViT-S-32-alt", from_scratch=True)
+    a, b, c = (load_image_encoder(config, seed).visual.proj for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)

@@ -160,7 +160,7 @@ def test_callback_sees_and_changes_the_latents(pipe: MultiViewPipeline) -> None:
         ({"image": picture(), "elevations_deg": 90}, "between -90 and 90"),
         ({"image": picture(), "azimuths_deg": [0, 90], "elevations_deg": [0.0, 1.0, 2.0]}, "do not make views"),
         ({"image": picture(), "azimuths_deg": [0, float("nan")]}, "must be finite"),
-        ({"image_embeds": torch.zeros(1, 7)}, "must be (B, 24) or (B, 1, 24)"),
+        ({"image_embeds": torch.zeros(1, 7)}, "must be (B, 24) or (B, T, 24)"),
         ({"image": picture(), "latents": torch.zeros(1, 4, 6, 8, 8)}, "latents of shape"),
         ({"image": picture(), "num_inference_steps": 0}, "num_inference_steps=0"),
         ({"image": picture(), "num_inference_steps": 1000}, "must be 1 to 999"),

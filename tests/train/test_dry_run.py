@@ -40,12 +40,12 @@ def test_the_reference_is_a_fifth_view() -> None:
 
 
 def test_zero_shards_what_it_says() -> None:
-    whole = state_bytes(10**9, 0, 8, False)
+    whole = state_bytes(10**9, 10**9, 0, 8, False)
     assert sum(whole.values()) == 20e9
-    assert sum(state_bytes(10**9, 1, 8, False).values()) == 4e9 + 2e9
-    assert sum(state_bytes(10**9, 2, 8, False).values()) == 2e9 + 2e9 / 8 + 2e9
-    assert sum(state_bytes(10**9, 3, 8, False).values()) == pytest.approx(20e9 / 8)
-    assert sum(state_bytes(10**9, 2, 8, True).values()) == 2e9 + 2e9 / 8 + 4e9 / 8
+    assert sum(state_bytes(10**9, 10**9, 1, 8, False).values()) == 4e9 + 2e9
+    assert sum(state_bytes(10**9, 10**9, 2, 8, False).values()) == 2e9 + 2e9 / 8 + 2e9
+    assert sum(state_bytes(10**9, 10**9, 3, 8, False).values()) == pytest.approx(20e9 / 8)
+    assert sum(state_bytes(10**9, 10**9, 2, 8, True).values()) == 2e9 + 2e9 / 8 + 4e9 / 8
 
 
 @pytest.mark.parametrize("launcher", [[sys.executable], [sys.executable, "-m", "accelerate.commands.launch"]])

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -234,3 +235,21 @@ def test_errors_come_before_work(quiet, tiny, tmp_path, overrides, words) -> Non
             composed(2, tiny, tmp_path / "run", f"init_from={quiet}/export", *(o.format(tiny=tiny) for o in overrides))
         )
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "export").exists()
+
+
+@pytest.mark.slow
+def test_an_adapter_trains_alone_and_resumes(quiet, tiny, tmp_path) -> None:
+    """From stage 1's export: what is not an adapter's keeps its bits, and going on equals not having stopped."""
+    adapter = [f"init_from={quiet}/export", "trainable=lora", "lora.rank=2", "objective.reference_probability=0.5"]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    for out, steps in ((whole, 4), (parted, 2), (parted, 4)):
+        done = train(tiny, out, *adapter, "optim.schedule=constant", f"steps={steps}", stage=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(whole) == losses(parted) and len(losses(whole)) == 4
+    assert weights_hash(whole) == weights_hash(parted)
+    before, after = (load_file(f / "export/unet/diffusion_pytorch_model.safetensors") for f in (quiet, whole))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(re.search(r"\.attn[12]\.to_(q|k|v|out\.0)\.weight$", name) for name in changed)
+    adapter_size = sum(t.numel() for t in load_file(whole / "export/lora/pytorch_lora_weights.safetensors").values())
+    saved = sum(f.stat().st_size for f in (whole / "checkpoints" / "step_00000004").rglob("*") if f.is_file())
+    assert saved < 30 * adapter_size + 500_000 < sum(t.numel() for t in before.values()), "frozen weights are not saved"

@@ -1,0 +1,138 @@
+"""A picture from outside, made what the image encoder was trained on: one object on white."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from data.files import UserError
+from models.config import ReferenceConfig
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # others start programs (EPS) or are no pictures of objects
+MAX_SIDE = 16384  # pixels; a larger picture is refused before it is decoded
+OPAQUE = 8 / 255  # alpha below this is background
+
+
+def load_reference_image(path: str | Path, config: ReferenceConfig | None = None) -> Tensor:
+    """A picture file -> (3, H, W) in [0, 1], composited on white.  UserError for what is not a picture.
+
+    `config` says whether the object is cut out first, and whether it is centred.
+    """
+    config = config or ReferenceConfig()
+    picture = read_picture(Path(path))
+    if has_alpha(picture):
+        pass
+    elif config.matting:
+        picture = cut_out(picture, config.matting_model)
+    elif not white_border(picture):
+        print(f"note: {path} has a background, which the embedding sees too; cut the object out, or {MATTING}")
+    if config.fill is not None:
+        picture = centred(picture, config.fill, path)
+    return picture_to_tensor(picture)
+
+
+MATTING = "give reference.matting=true"
+
+
+def read_picture(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise UserError(f"image {path} does not exist")
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            if max(picture.size) > MAX_SIDE:
+                raise UserError(f"image {path} is {picture.width} x {picture.height}; scale it below {MAX_SIDE} a side")
+            if min(picture.size) < 8:
+                raise UserError(
+                    f"image {path} is {picture.width} x {picture.height} pixels: too small to show an object"
+                )
+            return picture.convert("RGBA")
+    except UserError:
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"image {path} is not a picture that can be read ({error}); give a PNG, JPEG or WebP") from None
+
+
+def has_alpha(picture: Image.Image) -> bool:
+    """Whether any pixel of an RGBA picture is transparent."""
+    return bool(np.asarray(picture.getchannel("A")).min() < 255)
+
+
+def white_border(picture: Image.Image) -> bool:
+    """Whether nearly all of the outermost pixels are nearly white."""
+    rgb = np.asarray(picture.convert("RGB")).min(axis=2)
+    border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+    return bool((border >= 240).mean() > 0.9)
+
+
+def cut_out(picture: Image.Image, model: str) -> Image.Image:
+    """The object of a picture without alpha, by a network of rembg's.  UserError when it cannot be had.
+
+    model: a name that rembg knows (it fetches the weights once), or an .onnx file of U2-Net's inputs and outputs.
+    """
+    try:
+        import rembg
+    except ImportError as error:
+        raise UserError(
+            f"reference.matting=true needs rembg ({error}); pip install 'isotropic3d[matting]', or give a picture with "
+            "a transparent background"
+        ) from None
+    home = os.environ.get("U2NET_HOME")
+    try:
+        if model.endswith(".onnx"):
+            os.environ["U2NET_HOME"] = str(Path(model).resolve().parent)  # rembg opens nothing outside its own folder
+            session = rembg.new_session("u2net_custom", model_path=str(Path(model).resolve()))
+        else:
+            session = rembg.new_session(model)
+        mask: Any = rembg.remove(picture.convert("RGB"), session=session, only_mask=True)
+    except Exception as error:  # onnxruntime, the download and rembg raise many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"reference.matting_model={model} cannot be used ({reason}); connect to the network once, give an .onnx "
+            "file, or a picture with a transparent background"
+        ) from None
+    finally:
+        if home is None:
+            os.environ.pop("U2NET_HOME", None)
+        else:
+            os.environ["U2NET_HOME"] = home
+    result = picture.copy()
+    result.putalpha(mask.convert("L").resize(picture.size))
+    return result
+
+
+def centred(picture: Image.Image, fill: float, path: str | Path = "the picture") -> Image.Image:
+    """RGBA -> a square RGBA picture whose object's longer side takes `fill` of it, in the middle.
+
+    The object is what is not transparent or, in a picture without alpha, not nearly white.
+    """
+    if has_alpha(picture):
+        solid = np.asarray(picture.getchannel("A")) > OPAQUE * 255
+    else:
+        solid = np.asarray(picture.convert("RGB")).min(axis=2) < 240
+    rows, columns = np.flatnonzero(solid.any(axis=1)), np.flatnonzero(solid.any(axis=0))
+    if not len(rows):
+        raise UserError(f"image {path} shows nothing but background, so there is nothing to centre")
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    cropped = picture.crop(box)
+    side = max(round(max(cropped.size) / fill), 8)
+    square = Image.new("RGBA", (side, side), (255, 255, 255, 0))
+    square.paste(cropped, ((side - cropped.width) // 2, (side - cropped.height) // 2))
+    return square
+
+
+def picture_to_tensor(picture: Image.Image) -> Tensor:
+    """-> (3, H, W) in [0, 1], composited on white."""
+    rgba = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255
+    return torch.from_numpy(composite_on_white(rgba)).permute(2, 0, 1).contiguous()
+
+
+def composite_on_white(rgba: np.ndarray) -> np.ndarray:
+    """(..., 4) float in [0, 1], straight alpha -> (..., 3)."""
+    alpha = rgba[..., 3:]
+    return rgba[..., :3] * alpha + (1 - alpha)
