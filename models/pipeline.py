@@ -36,6 +36,7 @@ KINDS = {
     "vae": [("diffusers", "AutoencoderKL"), ("models.autoencoder", "PatchCodec")],
     "image_encoder": [("models.image_encoder", "ClipImageEncoder")],
 }
+HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 CARD = """---
 library_name: diffusers
 tags: [image-to-3d, multi-view, isotropic3d]
@@ -69,13 +70,18 @@ class MultiViewPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MultiViewPipeline:
-        """As diffusers', from a folder; classes come from a fixed list and weights from safetensors only.
+        """As diffusers', from a folder or a hub's name; classes come from a fixed list, weights from safetensors only.
 
         ValueError for a folder whose model_index.json names anything else: diffusers would import it.
         """
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         folder = Path(pretrained_model_name_or_path)
+        if not folder.exists():
+            folder = fetched(str(pretrained_model_name_or_path), hub)
         if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{folder} is not a folder with a model_index.json; download a hub's model first")
+            raise ValueError(
+                f"{folder} is not a folder with a model_index.json; give an export or a converted checkpoint"
+            )
         index = json.loads((folder / "model_index.json").read_text())
         components = {key: tuple(value) for key, value in index.items() if isinstance(value, list)}
         for part, kind in components.items():
@@ -145,9 +151,7 @@ class MultiViewPipeline(DiffusionPipeline):
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             known = self._callback_tensor_inputs
             raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} are not among {known}")
-        step = downscale_of(self.vae) * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if image_size is not None and (image_size < step or image_size % step):
-            raise ValueError(f"image_size={image_size} must be a multiple of {step}")
+        require_size(image_size, self.unet, self.vae)
         c2w = cameras(azimuths_deg, elevations_deg, num_views)
         context = self.encode_image(image) if image_embeds is None else image_embeds
         context = context[:, None] if context.ndim == 2 else context
@@ -199,6 +203,23 @@ class MultiViewPipeline(DiffusionPipeline):
         if not card.exists():
             with atomic_file(card) as temporary:
                 temporary.write_text(CARD)
+
+
+def fetched(name: str, hub: dict[str, Any]) -> Path:
+    """The folder that the hub's model `name` comes to lie in; nothing but JSON, weights and the card is fetched."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "README.md"], **hub))
+    except (OSError, ValueError) as error:  # the hub's own errors are of these
+        raise ValueError(f"{name} is neither a folder nor a model that the hub gives ({error})") from None
+
+
+def require_size(image_size: int | None, unet: Any, vae: Any) -> None:
+    """ValueError for pictures whose sides the networks cannot halve as often as they do."""
+    step = downscale_of(vae) * 2 ** (len(unet.config.block_out_channels) - 1)
+    if image_size is not None and (image_size < step or image_size % step):
+        raise ValueError(f"image_size={image_size} must be a multiple of {step}")
 
 
 def cameras(

@@ -106,14 +106,14 @@ def draw(config: SampleConfig, paths: list[Path], images: list[Any], device: Any
 
     from data.cameras import camera_conditioning
     from data.progress import Progress
-    from models.autoencoder import downscale_of
     from models.checkpoint import load_export
-    from models.pipeline import MultiViewPipeline, cameras
+    from models.pipeline import MultiViewPipeline, cameras, require_size
 
     model = load_export(config.checkpoint, device, dtype)
-    step = downscale_of(model.vae) * 2 ** (len(model.unet.config.block_out_channels) - 1)
-    if config.image_size is not None and (config.image_size < step or config.image_size % step):
-        raise UserError(f"image_size={config.image_size} must be a multiple of {step} for {config.checkpoint}")
+    try:
+        require_size(config.image_size, model.unet, model.vae)
+    except ValueError as error:
+        raise UserError(f"{config.checkpoint}: {error}") from None
     pipe = MultiViewPipeline(model.unet, model.vae, model.image_encoder, model.scheduler, model.info.camera)
     pipe.set_progress_bar_config(disable=True)
     c2w = cameras(config.azimuths_deg, config.elevations_deg, config.num_views)

@@ -74,7 +74,20 @@ def test_classes_come_from_a_fixed_list(folder: Path, tmp_path: Path, change, wo
         MultiViewPipeline.from_pretrained(tmp_path / "export")
     assert not (tmp_path / "executed").exists()
     with pytest.raises(ValueError, match="is not a folder with a model_index"):
-        MultiViewPipeline.from_pretrained("someone/something")
+        MultiViewPipeline.from_pretrained(tmp_path)
+
+
+def test_a_hubs_name(folder: Path, tmp_path: Path) -> None:
+    """From the hub's own cache, as it lies there after a download."""
+    cache = tmp_path / "models--someone--chairs"
+    shutil.copytree(folder, cache / "snapshots" / "abc123")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc123")
+    pipe = MultiViewPipeline.from_pretrained("someone/chairs", cache_dir=tmp_path, local_files_only=True)
+    assert torch.equal(pipe.unet.conv_in.weight, load_export(folder).unet.conv_in.weight)
+    for name in ("someone/tables", "no such folder/anywhere/at all"):
+        with pytest.raises(ValueError, match=f"{name} is neither a folder nor a model"):
+            MultiViewPipeline.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
 
 
 def test_saved_and_loaded_it_draws_the_same(pipe: MultiViewPipeline, tmp_path: Path) -> None:

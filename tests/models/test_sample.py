@@ -17,6 +17,7 @@ from conf.cli import ConfigError
 from data.cameras import camera_conditioning, orbit_camera
 from data.files import UserError
 from models.checkpoint import save_export
+from models.config import ReferenceConfig
 from models.sample import SampleConfig, main, pictures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,3 +93,42 @@ def test_pictures_that_cannot_be_told_apart_or_are_none(given: Path, tmp_path: P
 def test_values_that_cannot_work(values, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         SampleConfig("a", "b", "c", **values)
+
+
+@pytest.mark.parametrize("convention", ["isotropic3d_released_2d", "isotropic3d_released_sds"])
+def test_the_released_codes_cameras_reach_the_network(given: Path, tmp_path: Path, convention: str) -> None:
+    """The checkpoint names its convention; another one draws other pictures from the same noise."""
+    model = small_model()
+    model.info.camera = convention
+    save_export(tmp_path / "export", model)
+    image = str(given / "picture0.png")
+    main(SampleConfig(f"{given}/export", image, str(tmp_path / "ours"), steps=2))
+    main(SampleConfig(str(tmp_path / "export"), image, str(tmp_path / "theirs"), steps=2))
+    written = json.loads((tmp_path / "theirs" / "cameras.json").read_text())
+    c2w = torch.tensor(written["c2w"])
+    assert written["convention"] == convention
+    torch.testing.assert_close(torch.tensor(written["conditioning"]), camera_conditioning(c2w, convention))
+    ours, theirs = (
+        np.asarray(Image.open(tmp_path / name / "picture0" / "view_001.png"), dtype=int) for name in ("ours", "theirs")
+    )
+    assert np.abs(ours - theirs).max() > 3
+
+
+def test_cutting_out_and_centring_are_reached_from_the_command(given: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "white.png")
+    with pytest.raises(UserError, match="shows nothing but background"):
+        main(
+            SampleConfig("none", str(tmp_path / "white.png"), str(tmp_path / "a"), reference=ReferenceConfig(fill=0.8))
+        )
+
+
+@pytest.mark.parametrize(("size", "views"), [(256, 2), (512, 1), (32, 24)])
+def test_other_sizes_and_numbers_of_views(given: Path, tmp_path: Path, size: int, views: int) -> None:
+    """Nothing in the network depends on a position: 8 and 16 times the size it was made for, 6 times the views."""
+    image = str(given / "picture0.png")
+    config = SampleConfig(
+        f"{given}/export", image, str(tmp_path / "out"), views, image_size=size, steps=1, guidance_scale=1
+    )
+    main(config)
+    written = sorted((tmp_path / "out" / "picture0").iterdir())
+    assert len(written) == views and Image.open(written[-1]).size == (size, size)
