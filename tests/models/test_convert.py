@@ -355,6 +355,14 @@ def test_incomplete_and_foreign_folders_do_not_become_ldm_checkpoints(folder: Pa
         save_file(tensors, copy / "unet" / "diffusion_pytorch_model.safetensors")
         done = convert("--to-ldm", copy, tmp_path / "out.ckpt")
         assert done.returncode == 2 and words in done.stderr and not (tmp_path / "out.ckpt").exists(), done.stderr
+    for part, key, value in (("image_encoder", "tokens", "patches"), ("image_encoder", "preprocess", "open_clip"),
+                             ("unet", "encoder_hid_dim", 7)):  # fmt: skip
+        changed = tmp_path / key
+        shutil.copytree(folder, changed)
+        config = json.loads((changed / part / "config.json").read_text())
+        (changed / part / "config.json").write_text(json.dumps(config | {key: value}))
+        done = convert("--to-ldm", changed, tmp_path / "out.ckpt")
+        assert done.returncode == 2 and f"has {key}={value}, which the released code" in done.stderr, done.stderr
     make_scheduler("v_prediction", True).save_pretrained(copy / "scheduler")
     done = convert("--to-ldm", copy, tmp_path / "out.ckpt")
     assert done.returncode == 2 and "is not one that the released code knows" in done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conf.cli import ConfigError
-from models.config import ModelConfig, UNetConfig
+from models.config import ImageEncoderConfig, LoraConfig, ModelConfig, UNetConfig
 from train.config import DataConfig, DeepSpeedConfig, ObjectiveConfig, OptimConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +28,11 @@ ROOT = Path(__file__).resolve().parents[2]
         (lambda: OptimConfig(schedule="linear"), "optim.schedule=linear"),
         (lambda: DeepSpeedConfig(zero_stage=4), "deepspeed.zero_stage=4"),
         (lambda: DeepSpeedConfig(zero_stage=0, offload_optimizer=True), "offload_optimizer"),
+        (lambda: TrainConfig(trainable="biases"), "trainable=biases"),
+        (lambda: TrainConfig(trainable="lora"), "there are none to start from"),
+        (lambda: LoraConfig(rank=0), "lora.rank=0"),
+        (lambda: ImageEncoderConfig(tokens="all"), "model.image_encoder.tokens=all"),
+        (lambda: ImageEncoderConfig(preprocess="none"), "model.image_encoder.preprocess=none"),
         (lambda: ModelConfig(zero_terminal_snr=True), "zero_terminal_snr"),
         (lambda: UNetConfig(heads=[1]), "model.unet.heads"),
         (lambda: UNetConfig(block_out_channels=[33], heads=[1]), "multiple of 32"),

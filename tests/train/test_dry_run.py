@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from models.config import ImageEncoderConfig, ModelConfig, UNetConfig
 from train.config import DataConfig, DeepSpeedConfig, ObjectiveConfig, TrainConfig
 from train.dry_run import build, state_bytes, training_cost
 
@@ -37,6 +38,26 @@ def test_the_reference_is_a_fifth_view() -> None:
         )
     )
     assert with_reference / plain == pytest.approx(5 / 4, rel=0.02)
+
+
+def test_an_adapter_has_little_state() -> None:
+    """Rank 16 on four layers of each of the two attentions in 16 blocks: counted by hand from MVDream's widths."""
+    config = TrainConfig(trainable="lora", init_from="none")
+    trained = sum(p.numel() for p in build(config).unet.parameters() if p.requires_grad)
+    blocks = {320: 5, 640: 5, 1280: 6}
+    # self-attention: 4 layers w -> w; cross-attention: 2 of w -> w and 2 of 1024 -> w
+    assert trained == sum(n * 16 * (4 * 2 * w + 2 * 2 * w + 2 * (1024 + w)) for w, n in blocks.items())
+    assert sum(state_bytes(10**9, 10**6, 0, 8, False).values()) == 2e9 + 18e6
+
+
+def test_patch_tokens_and_another_width() -> None:
+    unet = UNetConfig(embedding_dim=1280)
+    model = ModelConfig(unet=unet, image_encoder=ImageEncoderConfig(tokens="patches"))
+    small = DataConfig(image_size=64)
+    config, plain = TrainConfig(model=model, data=small), TrainConfig(data=small)
+    networks = build(config)
+    assert networks.unet.encoder_hid_proj.weight.shape == (1024, 1280)
+    assert training_cost(config, networks)[0] > training_cost(plain, build(plain))[0]
 
 
 def test_zero_shards_what_it_says() -> None:

@@ -28,7 +28,7 @@ from wandb.proto import wandb_internal_pb2
 from data.files import UserError
 from models.checkpoint import load_export
 from train.config import TrainConfig
-from train.loop import set_up
+from train.loop import initial_unet, set_up
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -225,6 +225,9 @@ def test_stage_2_starts_from_stage_1(quiet, tiny, tmp_path) -> None:
         (["model.autoencoder.weights={tiny}/parts/image_encoder"], "it must be one of AutoencoderKL, PatchCodec"),
         (["data.shards={tiny}/views"], "has no manifest.json"),
         (["data.num_views=3"], "no 3 equally spaced"),
+        (["model.unet.embedding_dim=7"], "model.unet.embedding_dim=7, but the image encoder's embedding has width 8"),
+        (["model.image_encoder.tokens=patches"], "set model.unet.embedding_dim=192"),
+        (["trainable=lora", "lora.targets=[nowhere]"], "lora.targets=['nowhere']"),
         (["model.autoencoder.latent_channels=4"], "set model.autoencoder.latent_channels=8"),
         (["model.prediction_type=epsilon", "model.zero_terminal_snr=false"], "trained with prediction_type=v_pred"),
     ],
@@ -235,6 +238,30 @@ def test_errors_come_before_work(quiet, tiny, tmp_path, overrides, words) -> Non
             composed(2, tiny, tmp_path / "run", f"init_from={quiet}/export", *(o.format(tiny=tiny) for o in overrides))
         )
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "export").exists()
+
+
+def test_another_embedding_from_weights_without_one(quiet, tiny, tmp_path) -> None:
+    """Patch tokens of the tower's width: the layer that takes them is new, all else is the export's."""
+    choices = ["model.image_encoder.tokens=patches", "model.unet.embedding_dim=192"]
+    first, second = (
+        initial_unet(composed(2, tiny, tmp_path / "run", f"init_from={quiet}/export", *choices)) for _ in range(2)
+    )
+    before = load_file(quiet / "export/unet/diffusion_pytorch_model.safetensors")
+    after = first.state_dict()
+    assert set(after) - set(before) == {"encoder_hid_proj.weight", "encoder_hid_proj.bias"}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    weight = first.encoder_hid_proj.weight.detach()
+    assert torch.equal(weight, second.encoder_hid_proj.weight)
+    torch.testing.assert_close(weight @ weight.T, torch.eye(8), atol=1e-5, rtol=0)
+    done = train(
+        tiny, tmp_path / "run", f"init_from={quiet}/export", *choices, "steps=1", "trainable=cross_attention",
+        stage=2, processes=1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    exported = load_export(tmp_path / "run" / "export")
+    assert exported.image_encoder.width == 192 and exported.image_encoder.config.tokens == "patches"
+    moved = {n for n, t in exported.unet.state_dict().items() if not torch.equal(t, after[n])}
+    assert moved and all(".attn2." in name or name.startswith("encoder_hid_proj") for name in moved)
 
 
 @pytest.mark.slow
