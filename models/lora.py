@@ -70,7 +70,7 @@ def load_adapter(unet: Any, folder: str | Path) -> None:
             raise UserError(f"adapter {folder}: {name} of shape {shape} is of another network than the checkpoint's")
     try:
         unet.load_lora_adapter(folder, prefix=None, adapter_name="default", local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"adapter {folder} cannot be loaded: {error}") from None
     found = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(unet).items()}
     if differing := sorted(set(wanted.items()) ^ set(found.items())):
@@ -78,8 +78,11 @@ def load_adapter(unet: Any, folder: str | Path) -> None:
 
 
 def merge_adapter(unet: Any) -> None:
-    """Adds the adapter to the weights beside it (W + alpha / rank B A) and removes it."""
-    unet.fuse_lora(safe_fusing=True)  # stops at a weight that is not finite
+    """Adds the adapter to the weights beside it (W + alpha / rank B A); removes it.  UserError when one overflows."""
+    try:
+        unet.fuse_lora(safe_fusing=True)
+    except ValueError as error:
+        raise UserError(f"the adapter cannot be merged: {error}") from None
     unet.unload_lora()
 
 

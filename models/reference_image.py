@@ -79,8 +79,8 @@ def cut_out(picture: Image.Image, model: str) -> Image.Image:
         import rembg
     except ImportError as error:
         raise UserError(
-            f"reference.matting=true needs rembg ({error}); pip install 'isotropic3d[matting]', or give a picture with "
-            "a transparent background"
+            f"reference.matting=true needs rembg ({error}); pip install '.[matting]' in this repository, or give a "
+            "picture with a transparent background"
         ) from None
     home = os.environ.get("U2NET_HOME")
     try:

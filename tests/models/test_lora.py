@@ -1,4 +1,4 @@
-"""LoRA adapters: they change nothing at first, add W + alpha / rank B A, and save, load and merge in diffusers' form."""
+"""LoRA adapters: nothing changes at first; W + alpha / rank B A; saved, loaded and merged as diffusers does it."""
 
 from __future__ import annotations
 
@@ -115,6 +115,14 @@ def test_foreign_adapters(tmp_path: Path) -> None:
         save_file(changed, tmp_path / FILE)
         with pytest.raises(UserError, match=words):
             load_adapter(small_model().unet, tmp_path)
+    save_file({**good, name: torch.full_like(good[name], float("nan"))}, tmp_path / FILE)
+    unet = small_model().unet
+    load_adapter(unet, tmp_path)
+    with pytest.raises(UserError, match="cannot be merged"):
+        merge_adapter(unet)
+    save_file(good, tmp_path / FILE, {"lora_adapter_metadata": '{"r": 2, "stranger": 1}'})
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_adapter(small_model().unet, tmp_path)
     (tmp_path / FILE).write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a safetensors file"):
         load_adapter(small_model().unet, tmp_path)

@@ -120,5 +120,5 @@ def test_cutting_out_without_what_it_needs(tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"text\.onnx cannot be used"):
         cut_out(picture, str(tmp_path / "text.onnx"))
     monkeypatch.setitem(sys.modules, "rembg", None)  # as where the extra is not installed
-    with pytest.raises(UserError, match=r"pip install 'isotropic3d\[matting\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[matting\]'"):
         cut_out(picture, "u2net")
