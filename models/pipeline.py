@@ -20,7 +20,7 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
 from data.cameras import orbit_camera
@@ -31,6 +31,7 @@ from models.multiview import MultiViewAttention, embedding_width
 from models.reference_image import picture_to_tensor
 from models.sampling import sample_latents
 
+logger = logging.get_logger(__name__)
 KINDS = {
     "unet": [("diffusers", "UNet2DConditionModel")],
     "vae": [("diffusers", "AutoencoderKL"), ("models.autoencoder", "PatchCodec")],
@@ -94,6 +95,14 @@ class MultiViewPipeline(DiffusionPipeline):
         pipe: MultiViewPipeline = super().from_pretrained(folder, **(kwargs | {"use_safetensors": True}))
         return pipe
 
+    def enable_attention_slicing(self, slice_size: str | int = "auto") -> None:
+        """Does nothing: torch's attention needs no slices, and diffusers' sliced one would part the views."""
+        logger.warning("attention is not sliced: torch's needs little memory, and a sliced one would not see all views")
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Callable[..., Any] | None = None) -> None:
+        """Does nothing, for the same reason."""
+        self.enable_attention_slicing()
+
     def encode_image(self, image: Any) -> Tensor:
         """A picture or several -> context (B, T, D).
 
@@ -152,6 +161,11 @@ class MultiViewPipeline(DiffusionPipeline):
             known = self._callback_tensor_inputs
             raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} are not among {known}")
         require_size(image_size, self.unet, self.vae)
+        if others := {type(p).__name__ for p in self.unet.attn_processors.values()} - {MultiViewAttention.__name__}:
+            raise ValueError(
+                f"the UNet's attention was replaced by {', '.join(others)}, which does not see all views; "
+                "pipe.unet.set_attn_processor(models.multiview.MultiViewAttention())"
+            )
         c2w = cameras(azimuths_deg, elevations_deg, num_views)
         context = self.encode_image(image) if image_embeds is None else image_embeds
         context = context[:, None] if context.ndim == 2 else context

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from test_checkpoint import small_model
 
@@ -185,3 +186,24 @@ def test_callback_sees_and_changes_the_latents(pipe: MultiViewPipeline) -> None:
 def test_arguments_that_do_not_fit(pipe: MultiViewPipeline, arguments, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         pipe(**arguments)
+
+
+def test_attention_that_would_part_the_views(pipe: MultiViewPipeline) -> None:
+    def draw() -> torch.Tensor:
+        return pipe(picture(), num_inference_steps=1, guidance_scale=1, generator=seeded(), output_type="pt").images
+
+    before = draw()
+    pipe.enable_attention_slicing()
+    pipe.enable_xformers_memory_efficient_attention()
+    assert torch.equal(draw(), before)
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    with pytest.raises(ValueError, match="AttnProcessor2_0, which does not see all views"):
+        draw()
+
+
+def test_offloading_in_groups(pipe: MultiViewPipeline) -> None:
+    """As on a GPU, but to the CPU from the CPU: the hooks must find what the views' attention is given."""
+    arguments = {"num_inference_steps": 1, "guidance_scale": 3, "output_type": "pt"}
+    before = pipe(picture(), generator=seeded(), **arguments).images
+    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(pipe(picture(), generator=seeded(), **arguments).images, before)
