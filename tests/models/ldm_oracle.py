@@ -1,8 +1,8 @@
-"""The multi-view UNet and DDIM written out from their papers, on an ldm checkpoint's own tensors: an oracle.
+"""The multi-view UNet, the VAE and DDIM written out from their papers, on an ldm checkpoint's own tensors: an oracle.
 
 Nothing of diffusers or of models/ is used, so that agreement says something.  latent diffusion (arXiv 2112.10752),
 MVDream (arXiv 2308.16512), DDIM (arXiv 2010.02502, eq. 12).  Itself checked against recorded outputs of the released
-modules (test_convert.py).
+modules (test_convert.py, test_parity.py).
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LATENT_SCALE = 0.18215  # Stable Diffusion's scale_factor: brings the VAE's latents to about unit variance
 
-class Oracle:
-    """weights: an ldm state dict's `model.diffusion_model.*`, without that prefix."""
 
-    def __init__(self, weights: Mapping[str, Tensor], head_dim: int):
-        self.weights, self.head_dim = weights, head_dim
+class Network:
+    """weights: tensors by their ldm names; each layer is called by its name."""
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        self.weights = weights
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
@@ -30,6 +32,14 @@ class Oracle:
 
     def group_norm(self, name: str, x: Tensor, eps: float) -> Tensor:
         return F.group_norm(x, 32, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], eps)
+
+
+class Oracle(Network):
+    """weights: an ldm state dict's `model.diffusion_model.*`, without that prefix."""
+
+    def __init__(self, weights: Mapping[str, Tensor], head_dim: int):
+        super().__init__(weights)
+        self.head_dim = head_dim
 
     def layer_norm(self, name: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], 1e-5)
@@ -81,7 +91,7 @@ class Oracle:
         width = self.weights["input_blocks.0.0.weight"].shape[0]
         frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2) / (width // 2))
         angles = timesteps[:, None].float() * frequencies
-        embedding = self.linear("time_embed.0", torch.cat([angles.cos(), angles.sin()], dim=-1))
+        embedding = self.linear("time_embed.0", torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype))
         embedding = self.linear("time_embed.2", F.silu(embedding))
         embedding = embedding + self.linear("camera_embed.2", F.silu(self.linear("camera_embed.0", camera)))
         inputs = sorted({int(n.split(".")[1]) for n in self.weights if n.startswith("input_blocks.")})
@@ -94,6 +104,63 @@ class Oracle:
         for number in outputs:
             x = self.layers(f"output_blocks.{number}", torch.cat([x, kept.pop()], dim=1), embedding, context, views)
         return self.conv("out.2", F.silu(self.group_norm("out.0", x, 1e-5)))
+
+
+class VaeOracle(Network):
+    """weights: an ldm state dict's `first_stage_model.*`, without that prefix."""
+
+    def normed_conv(self, norm: str, conv: str, x: Tensor) -> Tensor:
+        """GroupNorm, swish, 3 x 3 convolution."""
+        return self.conv(conv, F.silu(self.group_norm(norm, x, 1e-6)))
+
+    def residual(self, name: str, x: Tensor) -> Tensor:
+        h = self.normed_conv(f"{name}.norm1", f"{name}.conv1", x)
+        h = self.normed_conv(f"{name}.norm2", f"{name}.conv2", h)
+        return h + (self.conv(f"{name}.nin_shortcut", x) if f"{name}.nin_shortcut.weight" in self.weights else x)
+
+    def attention(self, name: str, x: Tensor) -> Tensor:
+        """One head over all positions of a picture; x (N, C, h, w)."""
+        h = self.group_norm(f"{name}.norm", x, 1e-6)
+        q, k, v = (self.conv(f"{name}.{n}", h).flatten(2) for n in "qkv")
+        weights = (q.transpose(1, 2) @ k / math.sqrt(q.shape[1])).softmax(dim=-1)  # (N, query, key)
+        return x + self.conv(f"{name}.proj_out", (v @ weights.transpose(1, 2)).unflatten(2, x.shape[2:]))
+
+    def middle(self, name: str, x: Tensor) -> Tensor:
+        return self.residual(f"{name}.block_2", self.attention(f"{name}.attn_1", self.residual(f"{name}.block_1", x)))
+
+    def level(self, name: str, x: Tensor) -> Tensor:
+        """The residual blocks of one resolution."""
+        for number in sorted({int(n.split(".")[4]) for n in self.weights if n.startswith(f"{name}.block.")}):
+            x = self.residual(f"{name}.block.{number}", x)
+        return x
+
+    def levels(self, side: str) -> list[int]:
+        return sorted({int(n.split(".")[2]) for n in self.weights if n.startswith(f"{side}.")})
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images (N, 3, H, W) in [-1, 1] -> the posterior's mean (N, C, h, w), scaled."""
+        x, levels = self.conv("encoder.conv_in", images), self.levels("encoder.down")
+        for number in levels:
+            x = self.level(f"encoder.down.{number}", x)
+            if number != levels[-1]:
+                down = f"encoder.down.{number}.downsample.conv"
+                padded = F.pad(x, (0, 1, 0, 1))
+                x = F.conv2d(padded, self.weights[f"{down}.weight"], self.weights[f"{down}.bias"], stride=2)
+        x = self.normed_conv("encoder.norm_out", "encoder.conv_out", self.middle("encoder.mid", x))
+        return self.conv("quant_conv", x).chunk(2, dim=1)[0] * LATENT_SCALE
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (N, C, h, w) -> images (N, 3, H, W), about [-1, 1], not clamped."""
+        x = self.conv("decoder.conv_in", self.conv("post_quant_conv", latents / LATENT_SCALE))
+        x = self.middle("decoder.mid", x)
+        for number in reversed(self.levels("decoder.up")):
+            x = self.level(f"decoder.up.{number}", x)
+            if number > 0:
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+                x = self.conv(f"decoder.up.{number}.upsample.conv", x)
+        return self.normed_conv("decoder.norm_out", "decoder.conv_out", x)
 
 
 def ddim(predict: Callable[[Tensor, int], Tensor], noise: Tensor, alphas_cumprod: Tensor, steps: int) -> Tensor:
