@@ -72,7 +72,7 @@ def render_sets(
 def denoised(
     model: MultiViewModel, latents: Tensor, context: Tensor, c2w: Tensor, config: GenerateConfig, t: int
 ) -> Tensor:
-    """What the model makes of the noised latents (B, V, C, h, w): guided x0.  context (1, 1, D)."""
+    """What the model makes of the noised latents (B, V, C, h, w): guided x0.  context (1, T, D)."""
     sets = len(latents)
     scheduler: Any = model.scheduler
     alpha_bar = scheduler.alphas_cumprod[t].to(latents)
@@ -135,7 +135,7 @@ def distillation_loss(
 def distil(run: Run, model: MultiViewModel, context: Tensor, config: GenerateConfig, identity: str) -> int:
     """Runs the steps that are left.  Returns the signal that cut them short, or 0.
 
-    context (1, 1, D).  Snapshots go to `config.out`; UserError when the loss is no number any more.
+    context (1, T, D).  Snapshots go to `config.out`; UserError when the loss is no number any more.
     """
     ranges = camera_ranges(config, model.info)
     snapshot = Path(config.out) / FILE
