@@ -130,12 +130,12 @@ def measure(work: Callable[[], None], device: torch.device) -> tuple[float, floa
         return time.perf_counter() - began, 0.0
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    began.record()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
     work()
-    ended.record()
+    end.record()
     torch.cuda.synchronize(device)
-    return began.elapsed_time(ended) / 1e3, torch.cuda.max_memory_allocated(device) / 2**30
+    return start.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated(device) / 2**30
 
 
 def count_flops(config: UNetConfig, options: argparse.Namespace, step: Callable[..., None]) -> dict[str, int]:
