@@ -138,6 +138,8 @@ def _blur(images: Tensor, dim: int, sigma: float) -> Tensor:
 def embed_image(encoder: ClipImageEncoder, images: Tensor) -> Tensor:
     """images (N, 3, H, W) in [0, 1] -> context (N, T, D) in fp32; T = 1 for the pooled embedding."""
     weight = next(encoder.parameters())
+    if weight.device.type == "meta":
+        raise ValueError("the image encoder's weights are offloaded past its own attention; keep it on one device")
     prepare = preprocess if encoder.config.preprocess == "released" else preprocess_open_clip
     pixels = prepare(images.to(weight.device), encoder.image_size, encoder.preprocess_cfg)
     return encoder(pixels.to(weight.dtype)).float()

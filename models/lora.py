@@ -5,6 +5,7 @@ python models/lora.py checkpoint=weights/mvdream adapter=runs/mine/stage1/export
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from omegaconf import MISSING
 from conf.cli import run
 from data.files import UserError, require_writable
 from models.config import LoraConfig
+
+MOST_ALPHA = 10**6
+OTHER_KINDS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save", "use_qalora")
 
 
 @dataclass
@@ -53,37 +57,72 @@ def save_adapter(unet: Any, folder: Path) -> None:
 
 
 def load_adapter(unet: Any, folder: str | Path) -> None:
-    """UserError when `folder` holds no adapter of exactly this network's layers."""
-    from peft import get_peft_model_state_dict
+    """UserError when `folder` holds no adapter of exactly this network's layers.
+
+    Of the file's metadata only rank and alpha are taken: peft would import modules that others of its keys name.
+    """
+    import peft
 
     from models.weights_file import read_weights
 
     path = Path(folder) / "pytorch_lora_weights.safetensors"
     if not path.is_file():
         raise UserError(f"adapter {folder} has no {path.name}; give the lora/ folder of an export")
-    wanted = {name: tuple(tensor.shape) for name, tensor in read_weights(path).items()}
+    weights = read_weights(path)
+    alpha = read_alpha(path)
     shapes = {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
-    for name, shape in wanted.items():
+    layers, ranks = [], set()
+    for name, tensor in weights.items():
         layer, _, side = name.removesuffix(".weight").rpartition(".lora_")
-        base = shapes.get(f"{layer}.weight")
-        if base is None or side not in ("A", "B") or shape[1 if side == "A" else 0] != base[1 if side == "A" else 0]:
+        base, shape = shapes.get(f"{layer}.weight"), tuple(tensor.shape)
+        if base is None or len(base) != 2 or len(shape) != 2 or (side, shape[side == "A"]) not in zip(
+            "AB", reversed(base), strict=True
+        ):  # fmt: skip
             raise UserError(f"adapter {folder}: {name} of shape {shape} is of another network than the checkpoint's")
+        layers.append(layer)
+        ranks.add(shape[side == "B"])
+    if len(ranks) != 1:
+        raise UserError(f"adapter {folder} has ranks {sorted(ranks)}; only one for all layers is read")
+    (rank,) = ranks
+    unet.add_adapter(
+        peft.LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=sorted(set(layers)))
+    )
+    result: Any = peft.set_peft_model_state_dict(unet, weights, "default")
+    found = {name: tuple(tensor.shape) for name, tensor in peft.get_peft_model_state_dict(unet).items()}
+    differing = set(found.items()) ^ {(name, tuple(tensor.shape)) for name, tensor in weights.items()}
+    if differing or result.unexpected_keys:
+        raise UserError(f"adapter {folder} was not taken in whole; first difference: {min(differing)[0]}")
+
+
+def read_alpha(path: Path) -> int | None:
+    """lora_alpha of the file's metadata.  UserError for a kind of adapter that is more than W + alpha / rank B A."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("lora_adapter_metadata")
     try:
-        unet.load_lora_adapter(folder, prefix=None, adapter_name="default", local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"adapter {folder} cannot be loaded: {error}") from None
-    found = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(unet).items()}
-    if differing := sorted(set(wanted.items()) ^ set(found.items())):
-        raise UserError(f"adapter {folder} was not taken in whole; first difference: {differing[0][0]}")
+        content = json.loads(text) if text is not None else {}
+        alpha = content.get("lora_alpha")
+        if alpha is not None and not (isinstance(alpha, int) and 0 < alpha <= MOST_ALPHA):
+            raise ValueError(f"lora_alpha={alpha}")
+        if kinds := [key for key in OTHER_KINDS if content.get(key)]:
+            raise ValueError(f"{kinds[0]}={content[kinds[0]]}, which is not read")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"adapter {path} cannot be loaded: its metadata says {error}") from None
+    return alpha
 
 
 def merge_adapter(unet: Any) -> None:
     """Adds the adapter to the weights beside it (W + alpha / rank B A); removes it.  UserError when one overflows."""
+    import torch
+
     try:
         unet.fuse_lora(safe_fusing=True)
     except ValueError as error:
         raise UserError(f"the adapter cannot be merged: {error}") from None
     unet.unload_lora()
+    if bad := [name for name, p in unet.named_parameters() if not bool(torch.isfinite(p).all())]:
+        raise UserError(f"the adapter cannot be merged: {bad[0]} is not finite then")
 
 
 def main(config: MergeConfig) -> None:

@@ -60,6 +60,7 @@ class MultiViewPipeline(DiffusionPipeline):
     camera: which convention the UNet's cameras follow (data.cameras.CONVENTIONS).
     """
 
+    _exclude_from_cpu_offload = ["image_encoder"]  # noqa: RUF012  torch's attention reads weights past the hooks
     model_cpu_offload_seq = "image_encoder->unet->vae"
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012  the name and form that diffusers looks for
 
@@ -84,8 +85,12 @@ class MultiViewPipeline(DiffusionPipeline):
                 f"{folder} is not a folder with a model_index.json; give an export or a converted checkpoint"
             )
         index = json.loads((folder / "model_index.json").read_text())
-        components = {key: tuple(value) for key, value in index.items() if isinstance(value, list)}
-        for part, kind in components.items():
+        if code := next(folder.rglob("*.py"), None):
+            raise ValueError(f"{folder} holds code, {code.name}, which some versions of diffusers would run")
+        components = {key: index.get(key) for key in (*KINDS, "scheduler")}
+        components |= {key: value for key, value in index.items() if isinstance(value, list | dict)}
+        for part, found in components.items():
+            kind = tuple(found) if isinstance(found, list) else (found,)
             library, name = kind if len(kind) == 2 else (None, None)
             known = part in KINDS and kind in KINDS[part]
             if not known and not (part == "scheduler" and library == "diffusers" and str(name).endswith("Scheduler")):
@@ -106,16 +111,11 @@ class MultiViewPipeline(DiffusionPipeline):
     def encode_image(self, image: Any) -> Tensor:
         """A picture or several -> context (B, T, D).
 
-        PIL pictures (alpha composited on white), (B, H, W, 3) numpy or (B, 3, H, W) torch in [0, 1].
+        PIL pictures (alpha composited on white), (H, W, 3) numpy or (3, H, W) torch in [0, 1], uint8 to 255; or a list
+        or a batch of them.  ValueError for what is none of these.
         """
-        if isinstance(image, PIL.Image.Image):
-            image = [image]
-        if isinstance(image, np.ndarray):
-            image = torch.from_numpy(image).float().movedim(-1, -3)
-        if isinstance(image, Tensor):
-            images = list(image if image.ndim == 4 else image[None])
-        else:
-            images = [picture_to_tensor(picture) for picture in image]
+        several = isinstance(image, list | tuple) or (isinstance(image, Tensor | np.ndarray) and image.ndim == 4)
+        images = [as_picture(one) for one in (image if several else [image])]
         if not images:
             raise ValueError("image is empty; give at least one picture")
         device = self._execution_device
@@ -161,6 +161,9 @@ class MultiViewPipeline(DiffusionPipeline):
             known = self._callback_tensor_inputs
             raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} are not among {known}")
         require_size(image_size, self.unet, self.vae)
+        if not hasattr(self.scheduler, "init_noise_sigma"):
+            name = type(self.scheduler).__name__
+            raise ValueError(f"{name} is for flow matching; this network predicts noise or velocity")
         if others := {type(p).__name__ for p in self.unet.attn_processors.values()} - {MultiViewAttention.__name__}:
             raise ValueError(
                 f"the UNet's attention was replaced by {', '.join(others)}, which does not see all views; "
@@ -217,6 +220,22 @@ class MultiViewPipeline(DiffusionPipeline):
         if not card.exists():
             with atomic_file(card) as temporary:
                 temporary.write_text(CARD)
+
+
+def as_picture(image: Any) -> Tensor:
+    """PIL, (H, W, C) numpy or (C, H, W) torch -> (3, H, W) in [0, 1], alpha composited on white."""
+    if isinstance(image, PIL.Image.Image):
+        return picture_to_tensor(image)
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image).movedim(-1, 0) if image.ndim == 3 else image
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] not in (3, 4):
+        what = tuple(image.shape) if hasattr(image, "shape") else type(image).__name__
+        raise ValueError(f"image: {what} is no picture; give PIL, (H, W, 3) numpy or (3, H, W) torch")
+    picture = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    low, high = float(picture.min()), float(picture.max())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(f"image: values from {low:g} to {high:g} must lie in [0, 1]")
+    return picture[:3] if len(picture) == 3 else picture[:3] * picture[3:] + 1 - picture[3:]
 
 
 def fetched(name: str, hub: dict[str, Any]) -> Path:

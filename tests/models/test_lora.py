@@ -101,7 +101,7 @@ def test_the_merging_command(tmp_path: Path) -> None:
     assert again.returncode == 2 and again.stderr.startswith("error: merged is there already")
 
 
-def test_foreign_adapters(tmp_path: Path) -> None:
+def test_foreign_adapters(tmp_path: Path, monkeypatch) -> None:
     unet = small_model().unet
     trained_adapter(unet, LoraConfig(rank=2))
     save_adapter(unet, tmp_path)
@@ -120,8 +120,18 @@ def test_foreign_adapters(tmp_path: Path) -> None:
     load_adapter(unet, tmp_path)
     with pytest.raises(UserError, match="cannot be merged"):
         merge_adapter(unet)
-    save_file(good, tmp_path / FILE, {"lora_adapter_metadata": '{"r": 2, "stranger": 1}'})
-    with pytest.raises(UserError, match="cannot be loaded"):
+    for metadata in ('{"use_dora": true}', '{"lora_alpha": 1e30}', '{"lora_alpha": "x"}', "[]", "nothing"):
+        save_file(good, tmp_path / FILE, {"lora_adapter_metadata": metadata})
+        with pytest.raises(UserError, match="cannot be loaded"):
+            load_adapter(small_model().unet, tmp_path)
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    named = '{"lora_alpha": 2, "megatron_config": {"a": 1}, "megatron_core": "stranger"}'  # peft would import it
+    save_file(good, tmp_path / FILE, {"lora_adapter_metadata": named})
+    load_adapter(small_model().unet, tmp_path)
+    assert not (tmp_path / "executed").exists()
+    save_file({**good, name: torch.zeros(())}, tmp_path / FILE)
+    with pytest.raises(UserError, match="another network"):
         load_adapter(small_model().unet, tmp_path)
     (tmp_path / FILE).write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a safetensors file"):

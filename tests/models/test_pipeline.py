@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from accelerate import cpu_offload
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from test_checkpoint import small_model
@@ -62,20 +69,27 @@ def test_an_export_is_a_pipeline_and_draws_what_sampling_draws(folder: Path, pip
         ({"extra": ["os", "system"]}, "as extra"),
         ({"scheduler": ["diffusers", "DiffusionPipeline"]}, "as scheduler"),
         ({"_class_name": "Other"}, "holds a Other"),
+        ({"unet": "aB"}, "names ('aB',) as unet"),
+        ({"unet": {"a": 1, "B": 2}}, "as unet"),
     ],
 )
 def test_classes_come_from_a_fixed_list(folder: Path, tmp_path: Path, change, words: str) -> None:
     shutil.copytree(folder, tmp_path / "export")
     path = tmp_path / "export" / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    (tmp_path / "export" / "unet" / "evil.py").write_text(
-        f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Evil: pass\n"
-    )
     with pytest.raises(ValueError, match=re.escape(words)):
         MultiViewPipeline.from_pretrained(tmp_path / "export")
-    assert not (tmp_path / "executed").exists()
     with pytest.raises(ValueError, match="is not a folder with a model_index"):
         MultiViewPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["unet/diffusers.py", "vae/models.autoencoder.py", "pipeline.py"])
+def test_code_in_a_folder_is_not_run(folder: Path, tmp_path: Path, place: str) -> None:
+    shutil.copytree(folder, tmp_path / "export")
+    (tmp_path / "export" / place).write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="holds code"):
+        MultiViewPipeline.from_pretrained(tmp_path / "export")
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_hubs_name(folder: Path, tmp_path: Path) -> None:
@@ -186,6 +200,37 @@ def test_callback_sees_and_changes_the_latents(pipe: MultiViewPipeline) -> None:
 def test_arguments_that_do_not_fit(pipe: MultiViewPipeline, arguments, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         pipe(**arguments)
+
+
+def test_pictures_of_any_kind(pipe: MultiViewPipeline) -> None:
+    rgba = picture()
+    array = np.asarray(rgba)
+    tensor = torch.from_numpy(array.copy()).movedim(-1, 0)
+    expected = pipe.encode_image(rgba)
+    for image in (array, array / 255, [array], tensor, [tensor, tensor][:1], (tensor / 255)[None], np.stack([array])):
+        torch.testing.assert_close(pipe.encode_image(image), expected, atol=1e-5, rtol=1e-5)
+    for image, words in (
+        (array * 1.0, "must lie in"), (torch.zeros(2, 8, 8), "is no picture"), ("a.png", "str is no picture"),
+        ([], "is empty"), (torch.full((3, 8, 8), torch.nan), "must lie in"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            pipe.encode_image(image)
+
+
+def test_a_scheduler_for_flow_matching(pipe: MultiViewPipeline) -> None:
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler is for flow matching"):
+        pipe(picture())
+
+
+def test_weights_left_behind_layer_by_layer(pipe: MultiViewPipeline) -> None:
+    """What enable_sequential_cpu_offload does, without the GPU: all but the image encoder, whose weights must stay."""
+    assert MultiViewPipeline._exclude_from_cpu_offload == ["image_encoder"]
+    arguments = {"num_inference_steps": 1, "output_type": "pt"}
+    before = pipe(picture(), generator=seeded(), **arguments).images
+    for part in (pipe.unet, pipe.vae):
+        cpu_offload(part, torch.device("cpu"))
+    assert torch.equal(pipe(picture(), generator=seeded(), **arguments).images, before)
 
 
 def test_attention_that_would_part_the_views(pipe: MultiViewPipeline) -> None:
