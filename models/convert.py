@@ -164,6 +164,9 @@ def to_diffusers(arguments: argparse.Namespace) -> None:
     )
     # Without a VAE in the file, Stable Diffusion's: three halvings.
     blocks = next((part.config["block_out_channels"] for part in parts if part.name == "vae"), [0] * 4)
+    step = 2 ** (len(blocks) - 1 + len(parts[0].config["block_out_channels"]) - 1)
+    if arguments.image_size % step:
+        raise UserError(f"--image-size {arguments.image_size} must be a multiple of {step} for this model")
     parts[0].config["sample_size"] = arguments.image_size // 2 ** (len(blocks) - 1)
     with atomic_folder(arguments.out) as temporary:
         for part in parts:
@@ -306,9 +309,16 @@ def refuse_gaps(source: Path, parts: list[Part], unexpected: list[str], allowed:
 
 
 def compare_schedule(source: Path, weights: Mapping[str, Any], settings: Settings) -> None:
-    """UserError when the file's own noise schedule is not the one that is going to be written."""
+    """UserError when the file's own noise schedule or latent scale is not the one that is going to be written."""
     from models.checkpoint import make_scheduler
 
+    if "scale_factor" in weights and weights["scale_factor"].numel() == 1:
+        scale = float(weights["scale_factor"])
+        if abs(scale - settings.scaling_factor) > 1e-6:
+            raise UserError(
+                f"{source}: its latents are scaled by {scale:.6g} and not {settings.scaling_factor}; give the original "
+                "YAML with --config"
+            )
     if "alphas_cumprod" in weights:
         ours = make_scheduler(settings.prediction_type, False, settings.beta_start, settings.beta_end).alphas_cumprod
         theirs = weights["alphas_cumprod"].float().reshape(-1)

@@ -6,6 +6,7 @@ python models/lora.py checkpoint=weights/mvdream adapter=runs/mine/stage1/export
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from conf.cli import run
-from data.files import UserError, require_writable
+from data.files import UserError, atomic_folder, require_writable
 from models.config import LoraConfig
 
 MOST_ALPHA = 10**6
@@ -128,14 +129,23 @@ def merge_adapter(unet: Any) -> None:
 def main(config: MergeConfig) -> None:
     if Path(config.out).exists():
         raise UserError(f"{config.out} is there already and is not overwritten; choose another out=")
-    require_writable(Path(config.out).absolute().parent, needed_mb=64)
     # Imported here, so that --help and wrong paths do not wait for them.
-    from models.checkpoint import load_export, save_export
+    from models.checkpoint import load_unet, read_info
 
-    model = load_export(config.checkpoint)
-    load_adapter(model.unet, config.adapter)
-    merge_adapter(model.unet)
-    save_export(config.out, model)
+    source = Path(config.checkpoint)
+    read_info(source)
+    size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
+    require_writable(Path(config.out).absolute().parent, needed_mb=size // 2**20 + 64)
+    unet = load_unet(source / "unet")
+    load_adapter(unet, config.adapter)
+    merge_adapter(unet)
+    with atomic_folder(config.out) as temporary:
+        unet.save_pretrained(temporary / "unet")
+        for part in source.iterdir():
+            if part.is_dir() and part.name not in ("unet", "lora"):
+                shutil.copytree(part, temporary / part.name)
+            elif part.is_file():
+                shutil.copy2(part, temporary)
     print(f"wrote {config.out}: {config.checkpoint} with {config.adapter} merged into its UNet")
 
 

@@ -335,6 +335,17 @@ def test_flags_that_cannot_work(tmp_path: Path, arguments: list[str], words: str
     assert done.returncode == 2 and words in done.stderr and not (tmp_path / "out").exists(), done.stderr
 
 
+def test_another_latent_scale_and_an_impossible_size(tmp_path: Path) -> None:
+    torch.save(released_checkpoint() | {"scale_factor": torch.tensor(0.5)}, tmp_path / "a.pt")
+    torch.save(released_checkpoint(), tmp_path / "b.pt")
+    common = ("--head-dim", "32", "--allow-missing", "image_encoder")
+    done = convert(tmp_path / "a.pt", tmp_path / "out", *common)
+    assert done.returncode == 2 and "scaled by 0.5 and not 0.18215" in done.stderr
+    done = convert(tmp_path / "b.pt", tmp_path / "out", *common, "--image-size", "100")
+    assert done.returncode == 2 and "--image-size 100 must be a multiple of 64" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_absent_part_may_be_named_by_a_star(tmp_path: Path) -> None:
     torch.save(released_checkpoint(), tmp_path / "mvdream.pt")
     done = convert(tmp_path / "mvdream.pt", tmp_path / "out", "--head-dim", 32, "--allow-missing", "*")

@@ -96,6 +96,10 @@ def test_the_merging_command(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     merged = load_export(tmp_path / "merged")
+    for part in ("vae", "image_encoder", "scheduler"):
+        assert {p.name for p in (tmp_path / "merged" / part).iterdir()} == {
+            p.name for p in (tmp_path / "base" / part).iterdir()
+        }
     torch.testing.assert_close(output(merged.unet), output(model.unet), atol=1e-5, rtol=1e-4)
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 2 and again.stderr.startswith("error: merged is there already")
