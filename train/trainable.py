@@ -19,6 +19,8 @@ def choose_trainable(unet: Any, config: TrainConfig) -> None:
     if config.trainable == "lora":
         torch.manual_seed(config.seed)
         add_adapter(unet, config.lora)  # freezes all else
+        if unet.encoder_hid_proj is not None:
+            unet.encoder_hid_proj.requires_grad_(True)
     elif config.trainable != "all":
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(bool(re.search(PARTS[config.trainable], name)))
