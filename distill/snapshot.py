@@ -51,7 +51,7 @@ def new_run(config: GenerateConfig, device: str | torch.device) -> Run:
 def identity(config: GenerateConfig, checkpoint: Path, image: Path) -> str:
     """A hash of what the result depends on: settings, the checkpoint (its descriptions and sizes), the picture."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
-    files = sorted([*checkpoint.rglob("*.safetensors"), *checkpoint.rglob("config.json")])
+    files = sorted([*checkpoint.rglob("*.safetensors"), *checkpoint.rglob("*config.json")])
     weights = [(p.relative_to(checkpoint).as_posix(), content_mark(p)) for p in files]
     info = (checkpoint / "isotropic3d.json").read_text()
     picture = hashlib.sha256(image.read_bytes()).hexdigest()

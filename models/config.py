@@ -127,7 +127,8 @@ class EmaConfig:
         check(self.timestep in ("shared", "zero"), f"model.ema.timestep={self.timestep} must be shared or zero")
         check(self.camera in ("zero", "own"), f"model.ema.camera={self.camera} must be zero or own")
         check(
-            self.downscales is None or all(d >= 1 and d & (d - 1) == 0 for d in self.downscales),
+            self.downscales is None
+            or (len(self.downscales) > 0 and all(d >= 1 and d & (d - 1) == 0 for d in self.downscales)),
             f"model.ema.downscales={self.downscales} must be null, or powers of 2 such as [1,2]",
         )
 

@@ -314,7 +314,7 @@ def compare_schedule(source: Path, weights: Mapping[str, Any], settings: Setting
 
     if "scale_factor" in weights and weights["scale_factor"].numel() == 1:
         scale = float(weights["scale_factor"])
-        if abs(scale - settings.scaling_factor) > 1e-6:
+        if abs(scale - settings.scaling_factor) > 1e-3 * settings.scaling_factor:  # the file may be in half precision
             raise UserError(
                 f"{source}: its latents are scaled by {scale:.6g} and not {settings.scaling_factor}; give the original "
                 "YAML with --config"

@@ -24,9 +24,10 @@ from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
 from data.cameras import orbit_camera
-from data.files import atomic_file
-from models.autoencoder import decode_latents, downscale_of
-from models.image_encoder import embed_image
+from data.files import UserError, atomic_file
+from models.autoencoder import decode_latents, downscale_of, load_autoencoder
+from models.checkpoint import load_unet
+from models.image_encoder import embed_image, load_image_encoder_folder
 from models.multiview import MultiViewAttention, embedding_width
 from models.reference_image import picture_to_tensor
 from models.sampling import sample_latents
@@ -85,11 +86,16 @@ class MultiViewPipeline(DiffusionPipeline):
                 f"{folder} is not a folder with a model_index.json; give an export or a converted checkpoint"
             )
         index = json.loads((folder / "model_index.json").read_text())
-        if code := next(folder.rglob("*.py"), None):
-            raise ValueError(f"{folder} holds code, {code.name}, which some versions of diffusers would run")
+        if code := [*folder.glob("*.py"), *folder.glob("*/*.py")]:
+            raise ValueError(f"{folder} holds code, {code[0].name}, which some versions of diffusers would run")
         components = {key: index.get(key) for key in (*KINDS, "scheduler")}
         components |= {key: value for key, value in index.items() if isinstance(value, list | dict)}
         for part, found in components.items():
+            if part in kwargs:
+                continue
+            if part == "image_encoder" and found in (None, [None, None]):
+                kwargs[part] = None  # MVDream's; it draws from embeddings
+                continue
             kind = tuple(found) if isinstance(found, list) else (found,)
             library, name = kind if len(kind) == 2 else (None, None)
             known = part in KINDS and kind in KINDS[part]
@@ -97,6 +103,15 @@ class MultiViewPipeline(DiffusionPipeline):
                 raise ValueError(f"{folder}/model_index.json names {kind} as {part}, which is not loaded")
         if index.get("_class_name") != cls.__name__:
             raise ValueError(f"{folder} holds a {index.get('_class_name')}, not a {cls.__name__}")
+        dtype = kwargs.get("torch_dtype") or kwargs.get("dtype")
+        loaders = {"unet": load_unet, "vae": load_autoencoder, "image_encoder": load_image_encoder_folder}
+        for part, load in loaders.items():
+            if part not in kwargs:
+                try:
+                    network = load(folder / part)
+                except UserError as error:  # also for weights that are missing, which diffusers leaves random
+                    raise ValueError(str(error)) from None
+                kwargs[part] = network if dtype is None else torch.nn.Module.to(network, dtype)
         pipe: MultiViewPipeline = super().from_pretrained(folder, **(kwargs | {"use_safetensors": True}))
         return pipe
 

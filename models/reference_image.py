@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from data.files import UserError
@@ -51,7 +51,7 @@ def read_picture(path: Path) -> Image.Image:
                 raise UserError(
                     f"image {path} is {picture.width} x {picture.height} pixels: too small to show an object"
                 )
-            return picture.convert("RGBA")
+            return ImageOps.exif_transpose(picture).convert("RGBA")
     except UserError:
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:

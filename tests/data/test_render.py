@@ -282,8 +282,9 @@ def test_a_killed_or_interrupted_renderer_leaves_no_workers(snowman: Path, tmp_p
     process.send_signal(number)
     _, words = process.communicate(timeout=60)
     wait_for(lambda: not is_running(worker), 20)
-    assert not (tmp_path / "snowman").exists()
-    if number == signal.SIGINT:
+    # On a busy machine the object may have come to its end before the signal: there whole, or not there.
+    assert (tmp_path / "snowman").exists() == (tmp_path / "snowman" / "meta.json").exists()
+    if number == signal.SIGINT and process.returncode != 0:
         assert process.returncode == 130 and b"goes on from here" in words
         assert not list(tmp_path.glob(".snowman*"))
     again = start_render(snowman, tmp_path)

@@ -20,6 +20,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_checkpoint import small_model
 
 from data.cameras import orbit_camera
@@ -90,6 +91,33 @@ def test_code_in_a_folder_is_not_run(folder: Path, tmp_path: Path, place: str) -
     with pytest.raises(ValueError, match="holds code"):
         MultiViewPipeline.from_pretrained(tmp_path / "export")
     assert not (tmp_path / "executed").exists()
+
+
+def test_damaged_weights_are_not_drawn_with(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "export")
+    weights = tmp_path / "export" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop("conv_out.weight")
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match=r"lacks conv_out\.weight"):
+        MultiViewPipeline.from_pretrained(tmp_path / "export")
+
+
+def test_without_an_image_encoder(folder: Path, pipe: MultiViewPipeline, tmp_path: Path) -> None:
+    """As MVDream's conversion is: given one, or drawing from embeddings."""
+    shutil.copytree(folder, tmp_path / "export")
+    shutil.rmtree(tmp_path / "export" / "image_encoder")
+    path = tmp_path / "export" / "model_index.json"
+    index = json.loads(path.read_text())
+    del index["image_encoder"]
+    path.write_text(json.dumps(index))
+    arguments = {"num_inference_steps": 1, "output_type": "pt"}
+    expected = pipe(picture(), generator=seeded(), **arguments).images
+    given = MultiViewPipeline.from_pretrained(tmp_path / "export", image_encoder=pipe.image_encoder)
+    assert torch.equal(given(picture(), generator=seeded(), **arguments).images, expected)
+    alone = MultiViewPipeline.from_pretrained(tmp_path / "export")
+    embeds = pipe.encode_image(picture())
+    assert torch.equal(alone(image_embeds=embeds, generator=seeded(), **arguments).images, expected)
 
 
 def test_a_hubs_name(folder: Path, tmp_path: Path) -> None:
