@@ -49,6 +49,16 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     files = {"data.shards": Path(config.data.shards) / "manifest.json"}
     if config.init_from is not None:
         files["init_from"] = Path(config.init_from) / "unet" / "diffusion_pytorch_model.safetensors"
+    model = config.model
+    for part, weights in (
+        ("unet", model.unet.weights), ("autoencoder", model.autoencoder.weights),
+        ("image_encoder", model.image_encoder.weights),
+    ):  # fmt: skip
+        if weights is not None:  # frozen weights come from there again when the run goes on
+            path = Path(weights)
+            files[f"model.{part}.weights' file"] = (
+                path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+            )
     marks = {name: content_mark(path) for name, path in files.items() if path.is_file()}
 
     def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
