@@ -106,24 +106,37 @@ def write_index(folder: Path, kinds: dict[str, str], info: ExportInfo) -> None:
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     head = {"_class_name": "MultiViewPipeline", "_diffusers_version": diffusers.__version__, "camera": info.camera}
     write_json(folder / "model_index.json", head | index)
+    write_info(folder, info)
+    (folder / "README.md").write_text(model_card(info, "image_encoder" in kinds))
+
+
+def write_info(folder: Path, info: ExportInfo) -> None:
     write_json(folder / "isotropic3d.json", {"format": FORMAT, **dataclasses.asdict(info)})
-    (folder / "README.md").write_text(model_card(info))
 
 
-def model_card(info: ExportInfo) -> str:
+def model_card(info: ExportInfo, has_image_encoder: bool) -> str:
+    if has_image_encoder:
+        call = "pipe(image"
+        origin = f"as in Isotropic3D (arXiv 2403.10395); stage {info.stage}, {info.step} steps"
+    else:
+        call = "pipe(image_embeds=embeddings"
+        origin = (
+            "as in MVDream (arXiv 2308.16512).  It has no image encoder: training starts from it (`init_from=` or "
+            "`model.unet.weights=`), and by itself it draws from embeddings"
+        )
     return f"""---
 library_name: diffusers
 tags: [image-to-3d, multi-view, isotropic3d]
 ---
 # A multi-view diffusion model
 
-Draws {info.num_views} views of {info.image_size} x {info.image_size} pixels of an object from one image's CLIP
-embedding, as in Isotropic3D (arXiv 2403.10395); stage {info.stage}, {info.step} steps.
+Draws {info.num_views} views of {info.image_size} x {info.image_size} pixels of an object from one embedding,
+{origin}.
 
     from models import MultiViewPipeline
 
     pipe = MultiViewPipeline.from_pretrained("this folder")
-    views = pipe(image, num_views={info.num_views}, elevations_deg={sum(info.elevation_deg) / 2:g}).images[0]
+    views = {call}, num_views={info.num_views}, elevations_deg={sum(info.elevation_deg) / 2:g}).images[0]
 
 Trained on elevations of {" to ".join(f"{end:g}" for end in info.elevation_deg)} degrees and fields of view of
 {" to ".join(f"{end:g}" for end in info.fov_deg)}; cameras in the convention "{info.camera}".
@@ -180,10 +193,12 @@ def load_export(
     """The finished checkpoint, frozen.  UserError naming what is wrong with `folder`."""
     folder = Path(folder)
     info = read_info(folder)
-    try:
-        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {folder}: its scheduler cannot be loaded: {error}") from None
+    scheduler = load_scheduler(folder / "scheduler")
+    if not (folder / "image_encoder").is_dir():
+        raise UserError(
+            f"checkpoint {folder} has no image encoder, as MVDream's weights have none: train from it first "
+            f"(train/stage1.py init_from={folder}), and give that run's export"
+        )
     model = MultiViewModel(
         unet=load_unet(folder / "unet").requires_grad_(False).eval(),
         vae=load_autoencoder(folder / "vae"),
@@ -195,9 +210,29 @@ def load_export(
     return model.to(device, dtype)
 
 
+def load_scheduler(folder: Path) -> DDIMScheduler:
+    """UserError when it is none, or none that the UNet's predictions can be read with."""
+    try:
+        scheduler = DDIMScheduler.from_pretrained(folder, local_files_only=True)
+        kind, alphas = scheduler.config.prediction_type, scheduler.alphas_cumprod
+        if kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type={kind}")
+        if len(alphas) < 2 or not bool(torch.isfinite(alphas).all()) or not bool((alphas.diff() < 0).all()):
+            raise ValueError("its betas make no schedule of growing noise")
+    except Exception as error:  # damaged values make diffusers fail in any way
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"checkpoint: the scheduler in {folder} cannot be loaded: {reason}") from None
+    return scheduler
+
+
 def require_one_model(folder: Path, model: MultiViewModel) -> None:
-    """UserError when the parts are not of one model."""
+    """UserError when the parts are not of one model, or say what cannot be of themselves."""
     unet, vae = model.unet.config, model.vae.config
+    for part, key, value in (
+        ("unet", "sample_size", unet.sample_size), ("vae", "scaling_factor", vae["scaling_factor"]),
+    ):  # fmt: skip
+        if not isinstance(value, int | float) or not 0 < value < 1e6 or (part == "unet" and value != int(value)):
+            raise UserError(f"checkpoint {folder}: {key} in {part}/config.json is {value!r}; it must be positive")
     for what, wanted, found in (
         ("vae's latent channels", unet.in_channels, vae["latent_channels"]),
         ("image_encoder's width", embedding_width(model.unet), model.image_encoder.width),

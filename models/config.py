@@ -41,7 +41,7 @@ class UNetConfig:
 
 @dataclass
 class AutoencoderConfig:
-    weights: str | None = None  # diffusers `vae` folder (AutoencoderKL or PatchCodec); required for training
+    weights: str | None = None  # diffusers `vae` folder (AutoencoderKL or PatchCodec); null: init_from's
     downscale: int = 8  # pixels per latent cell and side
     latent_channels: int = 4
 
@@ -52,9 +52,11 @@ class AutoencoderConfig:
 
 @dataclass
 class ImageEncoderConfig:
-    weights: str | None = None  # folder written by this project, or open_clip's file of `arch`; null: the hub
+    # Folder written by this project, or open_clip's own file of `arch`; null: init_from's, or else the hub's.
+    weights: str | None = None
     arch: str = "ViT-H-14"  # open_clip architecture
-    pretrained: str = "laion2b_s32b_b79k"  # open_clip weight tag, from the hub
+    # open_clip weight tag: what the hub gives, or how the weights in a file were trained (activation, normalisation).
+    pretrained: str = "laion2b_s32b_b79k"
     from_scratch: bool = False  # random weights, keyed by the seed
     # The condition: pooled, the one projected embedding, or patches, the last layer's patch tokens in the tower's own
     # width (1280 for ViT-H-14).  null: as the folder says, else pooled.
@@ -92,7 +94,9 @@ class ReferenceConfig:
             self.matting_model in MATTING_MODELS or self.matting_model.endswith(".onnx"),
             f"reference.matting_model={self.matting_model} must be an .onnx file or one of {', '.join(MATTING_MODELS)}",
         )
-        check(self.fill is None or 0 < self.fill <= 1, f"reference.fill={self.fill} must lie in (0, 1], or be null")
+        check(
+            self.fill is None or 0.05 <= self.fill <= 1, f"reference.fill={self.fill} must lie in [0.05, 1], or be null"
+        )
 
 
 @dataclass
@@ -139,8 +143,11 @@ class ModelConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    camera: str = "mvdream"  # how the UNet reads cameras: one of data.cameras.CONVENTIONS
     prediction_type: str = "epsilon"  # or "v_prediction"
     zero_terminal_snr: bool = False  # arXiv 2305.08891; needs v_prediction
+    beta_start: float = 0.00085  # noise schedule (scaled linear, 1000 steps): SD 2.1's
+    beta_end: float = 0.012
 
     def __post_init__(self) -> None:
         check(
@@ -151,3 +158,11 @@ class ModelConfig:
             not self.zero_terminal_snr or self.prediction_type == "v_prediction",
             "model.zero_terminal_snr=true needs model.prediction_type=v_prediction: epsilon says nothing at zero SNR",
         )
+        check(
+            0 < self.beta_start <= self.beta_end < 1,
+            f"model.beta_start={self.beta_start} and model.beta_end={self.beta_end} must lie in (0, 1) and ascend",
+        )
+        if self.camera != "mvdream":
+            from data.cameras import CONVENTIONS  # here, so that --help does not wait for torch
+
+            check(self.camera in CONVENTIONS, f"model.camera={self.camera} must be one of {', '.join(CONVENTIONS)}")

@@ -24,6 +24,8 @@ from data.files import UserError, atomic_folder, read_json, require_writable
 
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "image_encoder": "ClipImageEncoder"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# What describes a plain ViT, the only tower that the released code builds, in open_clip's vision_cfg.
+PLAIN_VIT = ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio")
 # What an ldm checkpoint holds beside the model: schedules that are computed again, training's leftovers, text towers.
 LEFTOVERS = (
     "betas", "alphas_cumprod*", "sqrt_*", "log_one_minus_alphas_cumprod", "posterior_*", "logvar", "lvlb_weights",
@@ -91,9 +93,14 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.out} is there already and is not overwritten; choose another name, or remove it")
     if not arguments.source.exists():
         raise UserError(f"{arguments.source} does not exist")
+    if arguments.source.is_dir() and not arguments.to_ldm:
+        raise UserError(
+            f"{arguments.source} is a folder; give the ldm checkpoint file, or --to-ldm to make one from a folder"
+        )
     files = [arguments.source, *arguments.source.rglob("*"), *([arguments.base] if arguments.base else [])]
     size = sum(file.stat().st_size for file in files if file.is_file())
-    require_writable(arguments.out.absolute().parent, needed_mb=size // 2**20 + 64)
+    there = next(parent for parent in arguments.out.absolute().parents if parent.exists())
+    require_writable(there, needed_mb=size // 2**20 + 64)
     (to_ldm if arguments.to_ldm else to_diffusers)(arguments)
 
 
@@ -109,6 +116,10 @@ def original_settings(path: Path | None, head_dim: int | None) -> Settings:
             content: Any = OmegaConf.to_container(OmegaConf.load(path))
             params = content["model"]["params"]
             unet = params["unet_config"]["params"]
+            for key, only in (("beta_schedule", "linear"), ("timesteps", 1000)):
+                # ldm's "linear" is diffusers' scaled_linear: linear in the square root of beta
+                if params.get(key, only) != only:
+                    raise UserError(f"--config {path}: {key}={params[key]} is not supported; only {only} is")
             settings = Settings(
                 int(unet.get("num_head_channels", settings.head_dim)),
                 float(params.get("linear_start", settings.beta_start)),
@@ -337,12 +348,7 @@ def to_ldm(arguments: argparse.Namespace) -> None:
     source: Path = arguments.source
     if not (source / "unet" / "config.json").is_file():
         raise UserError(f"{source} is not a checkpoint folder of this project: it has no unet/config.json")
-    scheduler = read_json(source / "scheduler" / "scheduler_config.json", "scheduler")
-    if scheduler.get("rescale_betas_zero_snr") or scheduler.get("beta_schedule") != "scaled_linear":
-        raise UserError(
-            f"{source}: its noise schedule (beta_schedule={scheduler.get('beta_schedule')}, rescale_betas_zero_snr="
-            f"{scheduler.get('rescale_betas_zero_snr')}) is not one that the released code knows"
-        )
+    scheduler = ldm_schedule(source)
     tensors: dict[str, Any] = schedule_buffers(scheduler)
     rows = [("scheduler", len(tensors), "noise schedule")]
     for name, prefix in PREFIXES.items():
@@ -377,14 +383,60 @@ def to_ldm(arguments: argparse.Namespace) -> None:
     else:
         write_torch(arguments.out, tensors)
     print(f"wrote {arguments.out}")
+    for line in needed_settings(source, scheduler):
+        print(f"note: {line}")
+
+
+def ldm_schedule(folder: Path) -> dict[str, Any]:
+    """The folder's scheduler_config.json.  UserError when ldm has no such schedule."""
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "scheduler")
+    if not isinstance(scheduler, dict):
+        raise UserError(f"{folder}/scheduler/scheduler_config.json is not a scheduler's")
+    if scheduler.get("rescale_betas_zero_snr") or scheduler.get("beta_schedule") != "scaled_linear":
+        raise UserError(
+            f"{folder}: its noise schedule (beta_schedule={scheduler.get('beta_schedule')}, rescale_betas_zero_snr="
+            f"{scheduler.get('rescale_betas_zero_snr')}) is not one that the released code knows"
+        )
+    return scheduler
+
+
+def needed_settings(folder: Path, scheduler: Mapping[str, Any]) -> list[str]:
+    """What a user of the ldm checkpoint must set by hand, since such a file cannot say it."""
+    lines = []
+    info = read_json(folder / "isotropic3d.json", "checkpoint") if (folder / "isotropic3d.json").is_file() else {}
+    if isinstance(info, dict) and "camera" in info:
+        lines.append(f"its UNet reads cameras in the convention {info['camera']} (models/README.md, Cameras)")
+    if scheduler.get("prediction_type", "epsilon") == "v_prediction":
+        lines.append("it predicts v: its ldm YAML needs `parameterization: v` beside `linear_start`")
+    for key, name, usual in (("beta_start", "linear_start", 0.00085), ("beta_end", "linear_end", 0.012)):
+        if scheduler.get(key) != usual:
+            lines.append(f"its ldm YAML needs `{name}: {scheduler.get(key)}`")
+    return lines
 
 
 def unknown_to_ldm(config: Mapping[str, Any]) -> str | None:
     """What of a part's configuration has no counterpart in an ldm checkpoint."""
-    for key, plain in (("encoder_hid_dim", None), ("tokens", "pooled"), ("preprocess", "released")):
-        if config.get(key, plain) != plain:
+    plain_values = (
+        ("encoder_hid_dim", None), ("tokens", "pooled"), ("preprocess", "released"), ("quick_gelu", False),
+        ("preprocess_cfg", None),
+    )  # fmt: skip
+    for key, plain in plain_values:
+        if config.get(key, plain) != plain and not is_clips_own(key, config[key]):
             return f"{key}={config[key]}"
+    tower = config.get("vision_cfg") or {}
+    if other := sorted(key for key, value in tower.items() if key not in PLAIN_VIT and value):
+        return f"an image tower with {other[0]}={tower[other[0]]}"
     return None
+
+
+def is_clips_own(key: str, value: Any) -> bool:
+    """Whether a preprocess_cfg says what the released code does anyway: of it, that uses mean and deviation only."""
+    from open_clip.transform import PreprocessCfg
+
+    if key != "preprocess_cfg" or not isinstance(value, Mapping):
+        return False
+    own = PreprocessCfg()
+    return all(list(value.get(key, getattr(own, key))) == list(getattr(own, key)) for key in ("mean", "std"))
 
 
 def require_whole(folder: Path, config: Mapping[str, Any], held: Mapping[str, Any], name: str) -> None:

@@ -25,8 +25,9 @@ def load_network(kind: Any, folder: str | Path, what: str) -> Any:
         network, found = kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"{what}: {folder} cannot be loaded: {error}") from None
+    except Exception as error:  # damaged values in config.json make diffusers and torch fail in any way
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{what}: {folder} cannot be loaded: {reason}") from None
     for words, key in (("lacks", "missing_keys"), ("holds unexpected", "unexpected_keys")):
         if names := sorted(found[key]):
             raise UserError(
@@ -41,5 +42,7 @@ def empty_network(kind: Any, folder: str | Path, what: str) -> Any:
     try:
         with torch.device("meta"):
             return kind.from_config(read_json(Path(folder) / "config.json", what))
-    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(f"{what}: {folder}/config.json does not describe a {kind.__name__}: {error}") from None

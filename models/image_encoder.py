@@ -239,6 +239,13 @@ def load_image_encoder_file(config: ImageEncoderConfig) -> ClipImageEncoder:
     from models.weights_file import read_weights
 
     path = Path(str(config.weights))
+    tags = open_clip.list_pretrained_tags_by_model(config.arch)
+    if config.pretrained not in (*tags, "none") and open_clip.get_model_config(config.arch) is not None:
+        raise UserError(
+            f"model.image_encoder.pretrained={config.pretrained} is not one of {config.arch}'s ({', '.join(tags)}): it "
+            f"tells how the tower in {path} was trained (activation, mean and deviation of colours); give the tag that "
+            "was trained alike, or none for open_clip's defaults"
+        )
     weights = {name.removeprefix("module."): tensor for name, tensor in read_weights(path).items()}
     if any(name.startswith("visual.") for name in weights):
         weights = {n.removeprefix("visual."): t for n, t in weights.items() if n.startswith("visual.")}

@@ -5,6 +5,7 @@ python models/lora.py checkpoint=weights/mvdream adapter=runs/mine/stage1/export
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from conf.cli import run
-from data.files import UserError, atomic_folder, require_writable
+from data.files import UserError, atomic_folder, read_json, require_writable, write_json
 from models.config import LoraConfig
 
 MOST_ALPHA = 10**6
@@ -34,7 +35,15 @@ def add_adapter(unet: Any, config: LoraConfig) -> None:
     ConfigError's cousin, a UserError, for targets that the network has not.
     """
     import peft
+    import torch
 
+    for name, module in unet.named_modules():
+        named = any(name == target or name.endswith(f".{target}") for target in config.targets)
+        if named and not isinstance(module, torch.nn.Linear):
+            raise UserError(
+                f"lora.targets={config.targets}: {name} is a {type(module).__name__}, and adapters stand beside linear "
+                "layers only; name such, as to_q or ff.net.2"
+            )
     try:
         unet.add_adapter(peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets)))
     except ValueError as error:
@@ -46,7 +55,10 @@ def has_adapter(unet: Any) -> bool:
 
 
 def save_adapter(unet: Any, folder: Path) -> None:
-    """In diffusers' format (`pytorch_lora_weights.safetensors`), rank and alpha in the file's metadata."""
+    """In diffusers' format (`pytorch_lora_weights.safetensors`), rank and alpha in the file's metadata.
+
+    `base.json` beside it tells which weights it belongs to.
+    """
     from diffusers.utils import logging
 
     level = logging.get_verbosity()
@@ -55,6 +67,20 @@ def save_adapter(unet: Any, folder: Path) -> None:
         unet.save_lora_adapter(folder)
     finally:
         logging.set_verbosity(level)
+    write_json(folder / "base.json", {"sha256": base_mark(unet)})
+
+
+def base_mark(unet: Any) -> str:
+    """SHA-256 of the weights that the adapter is added to, in fp32 and in the network's order."""
+    import torch
+
+    from models.weights_file import to_bytes
+
+    digest = hashlib.sha256()
+    for name, parameter in unet.named_parameters():
+        if name.endswith(".base_layer.weight"):
+            digest.update(to_bytes(parameter.detach().to("cpu", torch.float32)))
+    return digest.hexdigest()
 
 
 def load_adapter(unet: Any, folder: str | Path) -> None:
@@ -93,6 +119,10 @@ def load_adapter(unet: Any, folder: str | Path) -> None:
     differing = set(found.items()) ^ {(name, tuple(tensor.shape)) for name, tensor in weights.items()}
     if differing or result.unexpected_keys:
         raise UserError(f"adapter {folder} was not taken in whole; first difference: {min(differing)[0]}")
+    if (path.parent / "base.json").is_file():
+        mark = read_json(path.parent / "base.json", "adapter")
+        if not isinstance(mark, dict) or mark.get("sha256") != base_mark(unet):
+            print(f"note: adapter {folder} was trained beside other weights than these; its effect may be another")
 
 
 def read_alpha(path: Path) -> int | None:

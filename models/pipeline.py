@@ -9,7 +9,6 @@ Shapes: B images, V views, T tokens of width D of the embedding, H W pixels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,9 @@ from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
 from data.cameras import orbit_camera
-from data.files import UserError, atomic_file
+from data.files import UserError, atomic_file, read_json
 from models.autoencoder import decode_latents, downscale_of, load_autoencoder
-from models.checkpoint import load_unet
+from models.checkpoint import ExportInfo, load_unet, read_info, write_info
 from models.image_encoder import embed_image, load_image_encoder_folder
 from models.multiview import MultiViewAttention, embedding_width
 from models.reference_image import picture_to_tensor
@@ -70,6 +69,7 @@ class MultiViewPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, vae=vae, image_encoder=image_encoder, scheduler=scheduler)
         self.register_to_config(camera=camera)
         unet.set_attn_processor(MultiViewAttention())
+        self.info: ExportInfo | None = None  # what else the checkpoint's folder says, to be saved with it again
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MultiViewPipeline:
@@ -81,28 +81,8 @@ class MultiViewPipeline(DiffusionPipeline):
         folder = Path(pretrained_model_name_or_path)
         if not folder.exists():
             folder = fetched(str(pretrained_model_name_or_path), hub)
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(
-                f"{folder} is not a folder with a model_index.json; give an export or a converted checkpoint"
-            )
-        index = json.loads((folder / "model_index.json").read_text())
-        if code := [*folder.glob("*.py"), *folder.glob("*/*.py")]:
-            raise ValueError(f"{folder} holds code, {code[0].name}, which some versions of diffusers would run")
-        components = {key: index.get(key) for key in (*KINDS, "scheduler")}
-        components |= {key: value for key, value in index.items() if isinstance(value, list | dict)}
-        for part, found in components.items():
-            if part in kwargs:
-                continue
-            if part == "image_encoder" and found in (None, [None, None]):
-                kwargs[part] = None  # MVDream's; it draws from embeddings
-                continue
-            kind = tuple(found) if isinstance(found, list) else (found,)
-            library, name = kind if len(kind) == 2 else (None, None)
-            known = part in KINDS and kind in KINDS[part]
-            if not known and not (part == "scheduler" and library == "diffusers" and str(name).endswith("Scheduler")):
-                raise ValueError(f"{folder}/model_index.json names {kind} as {part}, which is not loaded")
-        if index.get("_class_name") != cls.__name__:
-            raise ValueError(f"{folder} holds a {index.get('_class_name')}, not a {cls.__name__}")
+        absent, info = read_index(folder, cls.__name__, kwargs)
+        kwargs |= dict.fromkeys(absent)
         dtype = kwargs.get("torch_dtype") or kwargs.get("dtype")
         loaders = {"unet": load_unet, "vae": load_autoencoder, "image_encoder": load_image_encoder_folder}
         for part, load in loaders.items():
@@ -113,7 +93,15 @@ class MultiViewPipeline(DiffusionPipeline):
                     raise ValueError(str(error)) from None
                 kwargs[part] = network if dtype is None else torch.nn.Module.to(network, dtype)
         pipe: MultiViewPipeline = super().from_pretrained(folder, **(kwargs | {"use_safetensors": True}))
+        if info is not None:
+            pipe.info = info
+            pipe.register_to_config(camera=info.camera)
         return pipe
+
+    def enable_group_offload(self, *args: Any, exclude_modules: str | list[str] | None = None, **kwargs: Any) -> None:
+        """As diffusers', but for the image encoder, which goes to the device whole, for the reason above."""
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+        super().enable_group_offload(*args, exclude_modules=[*excluded, "image_encoder"], **kwargs)
 
     def enable_attention_slicing(self, slice_size: str | int = "auto") -> None:
         """Does nothing: torch's attention needs no slices, and diffusers' sliced one would part the views."""
@@ -192,8 +180,9 @@ class MultiViewPipeline(DiffusionPipeline):
             raise ValueError(f"image_embeds of shape {tuple(context.shape)} must be (B, {width}) or (B, T, {width})")
         context = context.to(self._execution_device)
 
-        self._num_timesteps = num_inference_steps
-        with self.progress_bar(total=num_inference_steps) as progress:
+        self.scheduler.set_timesteps(num_inference_steps)  # some schedulers take more than one evaluation a step
+        self._num_timesteps = len(self.scheduler.timesteps)
+        with self.progress_bar(total=self._num_timesteps) as progress:
 
             def on_step(step: int, timestep: int, current: Tensor) -> Tensor:
                 progress.update()
@@ -229,12 +218,50 @@ class MultiViewPipeline(DiffusionPipeline):
         return MultiViewOutput(images) if return_dict else (images,)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As diffusers', with a model card where there is none."""
+        """As diffusers', with what the rest of this project reads, and a model card where there is none."""
         super().save_pretrained(save_directory, *args, **kwargs)
+        if self.info is not None:
+            write_info(Path(save_directory), self.info)
         card = Path(save_directory) / "README.md"
         if not card.exists():
             with atomic_file(card) as temporary:
                 temporary.write_text(CARD)
+
+
+def read_index(folder: Path, name: str, given: dict[str, Any]) -> tuple[list[str], ExportInfo | None]:
+    """Which parts the folder does not have, and what its isotropic3d.json says, where it has one.
+
+    ValueError for a model_index.json of another pipeline than `name`, or one that names anything beside it and `given`
+    that diffusers would import.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} is not a folder with a model_index.json; give an export or a converted checkpoint")
+    try:
+        index = read_json(folder / "model_index.json", "checkpoint")
+        info = read_info(folder) if (folder / "isotropic3d.json").is_file() else None
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    if code := [*folder.glob("*.py"), *folder.glob("*/*.py")]:
+        raise ValueError(f"{folder} holds code, {code[0].name}, which some versions of diffusers would run")
+    if not isinstance(index, dict) or index.get("_class_name") != name:
+        raise ValueError(f"{folder}/model_index.json is not of a {name}")
+    if info is not None and index.get("camera", info.camera) != info.camera:
+        raise ValueError(f"{folder}: model_index.json has camera={index['camera']}, isotropic3d.json {info.camera}")
+    absent = []
+    components = {key: index.get(key) for key in (*KINDS, "scheduler")}
+    components |= {key: value for key, value in index.items() if isinstance(value, list | dict)}
+    for part, found in components.items():
+        if part in given:
+            continue
+        if part == "image_encoder" and found in (None, [None, None]):
+            absent.append(part)  # MVDream's; it draws from embeddings
+            continue
+        kind = tuple(found) if isinstance(found, list) else (found,)
+        library, class_name = kind if len(kind) == 2 else (None, None)
+        known = part in KINDS and kind in KINDS[part]
+        if not known and not (part == "scheduler" and library == "diffusers" and str(class_name).endswith("Scheduler")):
+            raise ValueError(f"{folder}/model_index.json names {kind} as {part}, which is not loaded")
+    return absent, info
 
 
 def as_picture(image: Any) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +62,8 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def has_alpha(picture: Image.Image) -> bool:
-    """Whether any pixel of an RGBA picture is transparent."""
-    return bool(np.asarray(picture.getchannel("A")).min() < 255)
+    """Whether an RGBA picture is cut out: a few stray pixels that are not quite opaque do not make it so."""
+    return bool((np.asarray(picture.getchannel("A")) < 250).mean() > 1e-3)
 
 
 def white_border(picture: Image.Image) -> bool:
@@ -76,34 +79,49 @@ def cut_out(picture: Image.Image, model: str) -> Image.Image:
     model: a name that rembg knows (it fetches the weights once), or an .onnx file of U2-Net's inputs and outputs.
     """
     try:
+        session = matting_session(model)
         import rembg
+
+        mask: Any = rembg.remove(picture.convert("RGB"), session=session, only_mask=True)
     except ImportError as error:
         raise UserError(
             f"reference.matting=true needs rembg ({error}); pip install '.[matting]' in this repository, or give a "
             "picture with a transparent background"
         ) from None
-    home = os.environ.get("U2NET_HOME")
-    try:
-        if model.endswith(".onnx"):
-            os.environ["U2NET_HOME"] = str(Path(model).resolve().parent)  # rembg opens nothing outside its own folder
-            session = rembg.new_session("u2net_custom", model_path=str(Path(model).resolve()))
-        else:
-            session = rembg.new_session(model)
-        mask: Any = rembg.remove(picture.convert("RGB"), session=session, only_mask=True)
     except Exception as error:  # onnxruntime, the download and rembg raise many kinds
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"reference.matting_model={model} cannot be used ({reason}); connect to the network once, give an .onnx "
             "file, or a picture with a transparent background"
         ) from None
-    finally:
-        if home is None:
-            os.environ.pop("U2NET_HOME", None)
-        else:
-            os.environ["U2NET_HOME"] = home
     result = picture.copy()
     result.putalpha(mask.convert("L").resize(picture.size))
     return result
+
+
+@functools.cache
+def matting_session(model: str) -> Any:
+    """The network, loaded once for all pictures."""
+    # numba would compile pymatting for a minute or more at its first import, and of rembg only the mask is taken.
+    with environment("NUMBA_DISABLE_JIT", "1"):
+        import rembg
+    if not model.endswith(".onnx"):
+        return rembg.new_session(model)
+    with environment("U2NET_HOME", str(Path(model).resolve().parent)):  # rembg opens nothing outside its own folder
+        return rembg.new_session("u2net_custom", model_path=str(Path(model).resolve()))
+
+
+@contextlib.contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def centred(picture: Image.Image, fill: float, path: str | Path = "the picture") -> Image.Image:

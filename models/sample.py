@@ -54,6 +54,10 @@ class SampleConfig:
             all(-90 < e < 90 for e in self.elevations_deg),
             f"elevations_deg={self.elevations_deg} must lie between -90 and 90",
         )
+        check(
+            self.image_size is None or self.image_size >= 1,
+            f"image_size={self.image_size} must be positive, or null for the size that the model was trained at",
+        )
         check(self.steps < 1000, f"steps={self.steps} must be below the schedule's 1000")
         check(
             all(math.isfinite(a) for a in self.azimuths_deg or []), f"azimuths_deg={self.azimuths_deg} must be finite"

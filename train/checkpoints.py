@@ -23,7 +23,7 @@ from data.files import UserError, content_mark, fsync_folder, read_json, write_j
 from train.config import TrainConfig
 from train.engine import WeightAverage, all_agree
 
-FORMAT = "isotropic3d-checkpoint/1"
+FORMAT = "isotropic3d-checkpoint/2"
 STATE_BYTES = 18  # a parameter: weight in bf16, and in fp32 its master, Adam's two moments and the running average
 
 
@@ -45,6 +45,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
         if k not in free and not k.startswith(("log_", "sample_", "checkpoint_"))
     }
     settings["data"] = settings["data"] | {"workers": None, "shards": None}
+    settings["lora"] = settings["lora"] if config.trainable == "lora" else None
     settings["steps"] = config.steps if config.optim.schedule == "cosine" else None
     files = {"data.shards": Path(config.data.shards) / "manifest.json"}
     if config.init_from is not None:
@@ -72,7 +73,10 @@ def require_same_run(path: Path, config: TrainConfig) -> None:
     """UserError naming the first value in which the checkpoint's run differs from this one, or when it is longer."""
     saved = read_json(path / "state.json", "checkpoint")
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise UserError(f"checkpoint {path}: state.json is not of format {FORMAT}")
+        raise UserError(
+            f"checkpoint {path}: state.json is not of format {FORMAT}, but of another version of this project, "
+            "which it resumes with; here, give another name= or out="
+        )
     current, before = identity(config), saved.get("identity", {})
     for key in sorted(current.keys() | before.keys()):
         old, new = before.get(key), current.get(key)

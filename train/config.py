@@ -7,10 +7,11 @@ relatives, MVDream (arXiv 2308.16512) and ImageDream's pixel controller (arXiv 2
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from conf.cli import check
-from models.config import LoraConfig, ModelConfig
+from models.config import ImageEncoderConfig, LoraConfig, ModelConfig
 
 
 @dataclass
@@ -99,7 +100,9 @@ class TrainConfig:
     stage: int = 1
     name: str = "isotropic3d"
     out: str = "runs/${name}/stage${stage}"  # the run folder: checkpoints, samples, metrics, export
-    init_from: str | None = None  # export folder whose UNet to start from (stage 2: stage 1's); null: model.unet
+    # Checkpoint folder to start from (stage 2: stage 1's export): its UNet, and the frozen networks that `model` names
+    # no others for.  null: model.unet.
+    init_from: str | None = None
     resume: str = "auto"  # auto: from the newest whole checkpoint in `out`; never: refuse a folder that has any
     seed: int = 0
 
@@ -190,3 +193,18 @@ class TrainConfig:
             f"{self.micro_batch_size}; use a multiple of {share}, or another micro_batch_size or number of processes",
         )
         return self.batch_size // share
+
+
+def with_parts_of_start(config: TrainConfig) -> TrainConfig:
+    """Where `config` names no autoencoder or no image encoder, `init_from`'s, if it has one."""
+    if config.init_from is None:
+        return config
+    start, model = Path(config.init_from), config.model
+    if model.autoencoder.weights is None and (start / "vae" / "config.json").is_file():
+        model = replace(model, autoencoder=replace(model.autoencoder, weights=str(start / "vae")))
+    encoder, default = model.image_encoder, ImageEncoderConfig()
+    chosen = encoder.weights is not None or encoder.from_scratch or encoder.arch != default.arch
+    chosen = chosen or encoder.pretrained != default.pretrained
+    if not chosen and (start / "image_encoder" / "config.json").is_file():
+        model = replace(model, image_encoder=replace(encoder, weights=str(start / "image_encoder")))
+    return replace(config, model=model)

@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.files import UserError
 from data.shards import read_manifest
 from models.autoencoder import SD_VAE, autoencoder_kind
-from models.checkpoint import read_info
 from models.folders import empty_network
 from models.image_encoder import ClipImageEncoder, build_image_encoder, in_cache, require_image_encoder, with_choices
 from models.multiview import CAMERA_FLOATS, build_unet, predict_noise_output
 from train.config import TrainConfig
+from train.networks import differences_of_training, require_fitting_parts
 from train.trainable import choose_trainable
 
 GIB = 2**30
@@ -135,7 +135,8 @@ def missing(config: TrainConfig) -> list[tuple[str, str]]:
         rows.append((f"shards: {error}", "data.shards=<folder written by data/pack.py>"))
     if config.init_from is not None:
         try:
-            read_info(config.init_from)
+            differing = differences_of_training(config.model, Path(config.init_from))
+            rows += [(f"start weights: trained with {key}={a} and not {b}", f"{key}={a}") for key, a, b in differing]
         except UserError as error:
             rows.append((f"start weights: {error}", "train stage 1 first, or init_from=<export folder>"))
     elif config.model.unet.weights is None and config.model.unet.from_scratch:
@@ -176,6 +177,12 @@ def dry_run(config: TrainConfig) -> None:
     activations = f"kept for the backward pass, {config.micro_batch_size} objects"
     memory[activations] = kept * config.micro_batch_size
     views = config.data.num_views
+    gaps = missing(config)
+    try:
+        require_fitting_parts(config, networks.vae, networks.image_encoder)
+    except UserError as error:
+        what, _, remedy = str(error).partition("; ")
+        gaps.append((what, remedy))
     lines = [
         f"stage {config.stage}, {config.data.image_size} px, {views} views; nothing was loaded and nothing is written",
         "",
@@ -198,7 +205,7 @@ def dry_run(config: TrainConfig) -> None:
         f"= {config.steps * config.batch_size * views} pictures",
         f"  {'compute':<34}{config.steps * config.batch_size * (step + frozen) / 1e18:10.1f} EFLOP",
         "missing on this machine",
-        *(f"  - {what}\n      remedy: {remedy}" for what, remedy in missing(config)),
+        *(f"  - {what}\n      remedy: {remedy}" for what, remedy in gaps),
     ]
     if lines[-1] == "missing on this machine":
         lines.append("  nothing")

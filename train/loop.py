@@ -16,15 +16,12 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from data.files import UserError, atomic_file, read_json, require_writable
+from data.files import UserError, atomic_file, require_writable
 from data.processes import die_with_parent, locked
 from data.progress import Progress
 from data.shards import Cameras
 from data.stream import Batch, ViewDataset, micro_batches
-from models.autoencoder import downscale_of, load_autoencoder
-from models.checkpoint import ExportInfo, MultiViewModel, load_unet, make_scheduler, read_info, save_export
-from models.image_encoder import ClipImageEncoder, load_image_encoder
-from models.multiview import build_unet, embedding_layer
+from models.checkpoint import ExportInfo, MultiViewModel, save_export
 from train.checkpoints import (
     STATE_BYTES,
     TrainState,
@@ -38,6 +35,7 @@ from train.checkpoints import (
 from train.config import OptimConfig, TrainConfig
 from train.engine import WeightAverage, build_engine, mean_over_ranks, prepare_environment
 from train.monitor import Monitor
+from train.networks import empty_unet, frozen_parts, initial_unet, scheduler_of
 from train.objective import Encoders, choose_branch, training_loss
 from train.samples import sample_grid
 from train.trainable import choose_trainable
@@ -82,8 +80,8 @@ def run_to_the_end(config: TrainConfig) -> None:
                 batch = next(run.batches)
                 waited += time.monotonic() - asked
                 loss = training_loss(
-                    engine, run.encoders, run.model.scheduler, batch, branch, config.objective, config.model.ema,
-                    shape, config.seed,
+                    engine, run.encoders, run.model.scheduler, batch, branch, config.objective, config.model, shape,
+                    config.seed,
                 ).mean()  # fmt: skip
                 engine.backward(loss)
                 engine.step()
@@ -177,7 +175,7 @@ def set_up(config: TrainConfig) -> Run | None:
         averaged,
         vae.to(accelerator.device),
         image_encoder.to(accelerator.device),
-        make_scheduler(config.model.prediction_type, config.model.zero_terminal_snr),
+        scheduler_of(config.model),
         export_info(config, dataset.manifest.cameras),
     )
     batch, micro, world, rank = config.batch_size, config.micro_batch_size, engine.world_size, engine.global_rank
@@ -221,96 +219,10 @@ def export_info(config: TrainConfig, cameras: Cameras) -> ExportInfo:
         elevation_deg=cameras.elevation_deg,
         fov_deg=cameras.fov_deg,
         framing=cameras.framing,
-        camera="mvdream",
+        camera=config.model.camera,
         stage=config.stage,
         step=0,  # set when the weights are gathered
     )
-
-
-def frozen_parts(config: TrainConfig) -> tuple[Any, ClipImageEncoder]:
-    """Autoencoder and image encoder.  UserError when they are not there or do not fit what `model` says of them."""
-    if config.model.autoencoder.weights is None:
-        raise UserError("model.autoencoder.weights is not set; give the vae folder of a diffusers model")
-    vae = load_autoencoder(config.model.autoencoder.weights)
-    image_encoder = load_image_encoder(config.model.image_encoder, config.seed)
-    require_fitting_parts(config, vae, image_encoder)
-    return vae, image_encoder
-
-
-def require_fitting_parts(config: TrainConfig, vae: Any, image_encoder: Any) -> None:
-    """UserError when the frozen networks do not fit what `model` says of them."""
-    described, codec = config.model.autoencoder, vae.config
-    for key, said, found in (
-        ("model.autoencoder.latent_channels", described.latent_channels, codec["latent_channels"]),
-        ("model.autoencoder.downscale", described.downscale, downscale_of(vae)),
-    ):
-        if said != found:
-            raise UserError(f"{key}={said}, but the loaded network's is {found}; set {key}={found}, or load another")
-    unet, width = config.model.unet, image_encoder.width
-    if (unet.embedding_dim or unet.cross_attention_dim) != width:
-        key = "cross_attention_dim" if unet.embedding_dim is None else "embedding_dim"
-        raise UserError(
-            f"model.unet.{key}={getattr(unet, key)}, but the image encoder's embedding has width {width}; set "
-            f"model.unet.embedding_dim={width}, or load another encoder"
-        )
-
-
-def empty_unet(config: TrainConfig) -> Any:
-    """The architecture without memory; filled when averaged weights are gathered."""
-    size = config.data.image_size // config.model.autoencoder.downscale
-    with torch.device("meta"):
-        return build_unet(config.model.unet, config.model.autoencoder.latent_channels, size)
-
-
-def initial_unet(config: TrainConfig) -> Any:
-    """From `init_from`'s export, from `model.unet.weights`, or random, keyed by the seed; in that order."""
-    if config.init_from is None and config.model.unet.weights is None:
-        print_main(f"stage {config.stage}: the UNet starts from random weights")
-        torch.manual_seed(config.seed)
-        size = config.data.image_size // config.model.autoencoder.downscale
-        unet = build_unet(config.model.unet, config.model.autoencoder.latent_channels, size)
-    else:
-        unet = unet_to_start_from(config)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet.train()
-
-
-def unet_to_start_from(config: TrainConfig) -> Any:
-    """UserError when it is another network, or was trained to predict something else, than `model` says."""
-    if config.init_from is not None:
-        read_info(config.init_from)
-        source, unet = f"init_from={config.init_from}", load_unet(Path(config.init_from) / "unet")
-        schedule = read_json(Path(config.init_from) / "scheduler" / "scheduler_config.json", "checkpoint")
-        for key, said, name in (
-            ("prediction_type", config.model.prediction_type, "prediction_type"),
-            ("rescale_betas_zero_snr", config.model.zero_terminal_snr, "zero_terminal_snr"),
-        ):
-            if schedule.get(key) != said:
-                raise UserError(f"{source} was trained with {name}={schedule.get(key)}; set model.{name} to that")
-    else:
-        source, unet = f"model.unet.weights={config.model.unet.weights}", load_unet(str(config.model.unet.weights))
-    width = config.model.unet.embedding_dim
-    if width is not None and unet.encoder_hid_proj is None:  # new here, and random by the seed
-        torch.manual_seed(config.seed)
-        unet.encoder_hid_proj = embedding_layer(width, unet.config.cross_attention_dim)
-        unet.register_to_config(encoder_hid_dim=width, encoder_hid_dim_type="text_proj")
-    expected = {name: p.shape for name, p in empty_unet(config).named_parameters()}
-    differing = sorted(set(expected.items()) ^ {(name, p.shape) for name, p in unet.named_parameters()})
-    # The number of heads does not show in the shapes.
-    heads = unet.config.attention_head_dim
-    heads = list(heads) if isinstance(heads, list | tuple) else [heads] * len(config.model.unet.heads)
-    if not differing and heads != config.model.unet.heads:
-        raise UserError(
-            f"{source} has {heads} attention heads and model.unet.heads={config.model.unet.heads}; "
-            f"set model.unet.heads={heads}"
-        )
-    if differing:
-        raise UserError(
-            f"{source} is another network than model.unet describes (first difference: {differing[0][0]}); "
-            "choose the model configuration that it was trained with"
-        )
-    return unet
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from data.cameras import camera_conditioning
 from data.stream import Batch, keyed_generator
 from models.autoencoder import encode_images
-from models.config import EmaConfig
+from models.config import ModelConfig
 from models.image_encoder import ClipImageEncoder, embed_image
 from models.multiview import predict_noise_output, predict_with_references
 from train.config import ObjectiveConfig
@@ -84,7 +84,7 @@ def training_loss(
     batch: Batch,
     branch: str,
     config: ObjectiveConfig,
-    ema: EmaConfig,
+    model: ModelConfig,
     latent_shape: tuple[int, int, int],
     seed: int,
 ) -> Tensor:
@@ -105,12 +105,12 @@ def training_loss(
             target = noise
         else:
             target = scheduler.get_velocity(latents.flatten(0, 1), noise.flatten(0, 1), per_view).unflatten(0, (b, v))
-        camera = camera_conditioning(batch.c2w.to(device))
+        camera = camera_conditioning(batch.c2w.to(device), model.camera)
         if branch == REFERENCE:
             references = encode_images(
                 encoders.vae, batch.references.flatten(0, 1).to(device) * 2 - 1, noise=posterior[:, v:].flatten(0, 1)
             ).unflatten(0, (b, r))
-            reference_camera = camera_conditioning(batch.reference_c2w.to(device))
+            reference_camera = camera_conditioning(batch.reference_c2w.to(device), model.camera)
 
     if branch == SINGLE:  # each view its own object, camera vector zero (MVDream's 2D batches)
         flat = noisy.flatten(0, 1)[:, None]
@@ -118,7 +118,9 @@ def training_loss(
             unet, flat, per_view, context.repeat_interleave(v, 0), torch.zeros_like(camera).flatten(0, 1)[:, None]
         ).reshape(noisy.shape)
     elif branch == REFERENCE:
-        output = predict_with_references(unet, noisy, timesteps, context, camera, references, reference_camera, ema)
+        output = predict_with_references(
+            unet, noisy, timesteps, context, camera, references, reference_camera, model.ema
+        )
     else:
         output = predict_noise_output(unet, noisy, timesteps, context, camera)
 

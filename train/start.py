@@ -2,7 +2,7 @@
 
 from conf.cli import run
 from data.files import require_writable
-from train.config import TrainConfig
+from train.config import TrainConfig, with_parts_of_start
 
 
 def start(primary: str) -> None:
@@ -12,6 +12,7 @@ def start(primary: str) -> None:
 
 def plan_or_train(config: TrainConfig) -> None:
     # Imports stand here, so that --help and wrong values do not wait for torch and diffusers.
+    config = with_parts_of_start(config)
     if config.dry_run:
         from train.dry_run import dry_run
 

@@ -229,7 +229,9 @@ def main() -> None:
     if error > AGREEMENT[dtype]:
         sys.exit(f"error: ours and naive disagree by {error:.1e}, more than {AGREEMENT[dtype]:.0e}")
     for title, step in (("forward", forward), ("forward and backward", forward_backward)):
-        step(unet, VARIANTS["stock"], x)  # warms up
+        for variant in VARIANTS.values():  # warms up
+            unet.set_attn_processor(variant.processor)
+            step(unet, variant, x)
         show(title, compare(unet, x, step, options.repeat), count_flops(config, options, step))
 
 

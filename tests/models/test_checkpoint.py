@@ -99,6 +99,11 @@ def swap_autoencoder(folder: Path) -> None:
     fit_patch_codec(torch.rand(20, 3, 32, 32) * 2 - 1, 8, 5).save_pretrained(folder / "vae")
 
 
+def set_value(folder: Path, key: str, value: object) -> None:
+    path = folder / ("scheduler_config.json" if folder.name == "scheduler" else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -122,6 +127,15 @@ def swap_autoencoder(folder: Path) -> None:
         (lambda f: set_info(f, "num_views", "four"), "num_views in isotropic3d.json is 'four'"),
         (lambda f: set_info(f, "num_views", 0), "must be positive"),
         (fetching_encoder, "would be fetched from elsewhere"),
+        (lambda f: shutil.rmtree(f / "image_encoder"), "has no image encoder"),
+        (lambda f: set_value(f / "unet", "act_fn", 3), "unet cannot be loaded"),
+        (lambda f: set_value(f / "unet", "norm_num_groups", 0), "unet cannot be loaded"),
+        (lambda f: set_value(f / "unet", "sample_size", None), "sample_size"),
+        (lambda f: set_value(f / "image_encoder", "vision_cfg", 3), "image_encoder cannot be loaded"),
+        (lambda f: set_value(f / "vae", "scaling_factor", 0), "scaling_factor"),
+        (lambda f: set_value(f / "scheduler", "beta_start", "x"), "the scheduler in .* cannot be loaded"),
+        (lambda f: set_value(f / "scheduler", "beta_schedule", "no"), "the scheduler in .* cannot be loaded"),
+        (lambda f: set_value(f / "scheduler", "prediction_type", "sample"), "prediction_type=sample"),
         (swap_autoencoder, "the vae's latent channels are 5 and its UNet wants 6"),
     ],
 )

@@ -110,6 +110,13 @@ def test_outputs_are_the_released_networks(folder: Path) -> None:
         )
         difference = float((output.flatten(0, 1) - recorded[f"eps_views{views}"]).abs().max())
         assert difference < 1e-5, f"{views} views: {difference}"
+    # The released network can also be asked without any camera: then nothing is added to the timestep's embedding.
+    handle = unet.class_embedding.register_forward_hook(lambda module, given, output: torch.zeros_like(output))
+    output = predict_noise_output(
+        unet, x[:, None], times[:, None], context.repeat_interleave(4, dim=0), torch.zeros(8, 1, 16)
+    )
+    handle.remove()
+    assert float((output[:, 0] - recorded["eps_no_camera_views1"]).abs().max()) < 1e-5
     vae = load_autoencoder(folder / "vae")
     image = draw("image", (1, 3, 32, 32)).tanh()
     latents = encode_images(vae, image, sample=False)
@@ -367,13 +374,23 @@ def test_incomplete_and_foreign_folders_do_not_become_ldm_checkpoints(folder: Pa
         done = convert("--to-ldm", copy, tmp_path / "out.ckpt")
         assert done.returncode == 2 and words in done.stderr and not (tmp_path / "out.ckpt").exists(), done.stderr
     for part, key, value in (("image_encoder", "tokens", "patches"), ("image_encoder", "preprocess", "open_clip"),
-                             ("unet", "encoder_hid_dim", 7)):  # fmt: skip
+                             ("unet", "encoder_hid_dim", 7), ("image_encoder", "quick_gelu", True)):  # fmt: skip
         changed = tmp_path / key
         shutil.copytree(folder, changed)
         config = json.loads((changed / part / "config.json").read_text())
         (changed / part / "config.json").write_text(json.dumps(config | {key: value}))
         done = convert("--to-ldm", changed, tmp_path / "out.ckpt")
         assert done.returncode == 2 and f"has {key}={value}, which the released code" in done.stderr, done.stderr
+    siglip = tmp_path / "siglip"
+    shutil.copytree(folder, siglip)
+    config = json.loads((siglip / "image_encoder" / "config.json").read_text())
+    for change, words in (
+        ({"preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}, "preprocess_cfg="),
+        ({"vision_cfg": config["vision_cfg"] | {"pool_type": "avg"}}, "an image tower with pool_type=avg"),
+    ):
+        (siglip / "image_encoder" / "config.json").write_text(json.dumps(config | change))
+        done = convert("--to-ldm", siglip, tmp_path / "out.ckpt")
+        assert done.returncode == 2 and words in done.stderr and not (tmp_path / "out.ckpt").exists(), done.stderr
     make_scheduler("v_prediction", True).save_pretrained(copy / "scheduler")
     done = convert("--to-ldm", copy, tmp_path / "out.ckpt")
     assert done.returncode == 2 and "is not one that the released code knows" in done.stderr
@@ -390,6 +407,13 @@ def test_heads_and_schedule_come_from_the_original_yaml(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/unet/config.json").read_text())["attention_head_dim"] == [2, 4, 8, 8]
     scheduler = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
     assert scheduler["beta_start"] == 0.001 and scheduler["prediction_type"] == "v_prediction"
+    back = convert("--to-ldm", tmp_path / "out", tmp_path / "back.ckpt", "--allow-missing", "image_encoder")
+    assert back.returncode == 0, back.stderr
+    for line in ("the convention mvdream", "`parameterization: v`", "`linear_start: 0.001`"):
+        assert line in back.stdout
+    (tmp_path / "steps.yaml").write_text(text.replace("parameterization: v", "timesteps: 500"))
+    done = convert(source, tmp_path / "new/deep/out", "--config", tmp_path / "steps.yaml")
+    assert done.returncode == 2 and "timesteps=500 is not supported" in done.stderr and not (tmp_path / "new").exists()
     (tmp_path / "bad.yaml").write_text("model: [")
     done = convert(tmp_path / "mvdream.pt", tmp_path / "out2", "--config", tmp_path / "bad.yaml")
     assert done.returncode == 2 and "is not an ldm configuration" in done.stderr

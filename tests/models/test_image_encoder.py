@@ -145,13 +145,18 @@ def test_a_local_open_clip_file(tmp_path) -> None:
     with torch.no_grad():
         expected = model.eval().encode_image(pixels)
         for name in ("rn50.pt", "rn50.safetensors"):
-            encoder = load_image_encoder(ImageEncoderConfig(weights=str(tmp_path / name), arch="RN50"))
+            config = ImageEncoderConfig(weights=str(tmp_path / name), arch="RN50", pretrained="none")
+            encoder = load_image_encoder(config)
             assert torch.equal(encoder(pixels)[:, 0], expected)
     with pytest.raises(UserError, match=r"rn50\.pt is not of model\.image_encoder\.arch=ViT-B-32"):
-        load_image_encoder(ImageEncoderConfig(weights=str(tmp_path / "rn50.pt"), arch="ViT-B-32"))
+        load_image_encoder(ImageEncoderConfig(str(tmp_path / "rn50.pt"), "ViT-B-32", "openai"))
+    with pytest.raises(
+        UserError, match=r"pretrained=laion2b_s32b_b79k is not one of RN50's \(openai, yfcc15m, cc12m\)"
+    ):
+        load_image_encoder(ImageEncoderConfig(str(tmp_path / "rn50.pt"), "RN50"))
     (tmp_path / "cut.pt").write_bytes((tmp_path / "rn50.pt").read_bytes()[:5000])
     with pytest.raises(UserError, match=r"cut\.pt is not a checkpoint"):
-        load_image_encoder(ImageEncoderConfig(weights=str(tmp_path / "cut.pt"), arch="RN50"))
+        load_image_encoder(ImageEncoderConfig(str(tmp_path / "cut.pt"), "RN50", "openai"))
 
 
 def test_random_weights_are_keyed_by_the_seed() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.config import EmaConfig, UNetConfig
-from models.multiview import build_unet, predict_noise_output, predict_with_references
+from models.multiview import MultiViewAttention, build_unet, predict_noise_output, predict_with_references
 
 
 @pytest.fixture(scope="module")
@@ -160,22 +160,54 @@ def test_levels_that_take_no_part_do_not_mix(unet) -> None:
         assert same == alike
 
 
-def test_gradients_equal_a_naive_concatenation(unet) -> None:
-    x, ema = inputs(), EmaConfig()
-    given = references(ema)
+class NaiveAttention:
+    """All tokens of an object in one sequence, and a mask that says who reads whom; written out, without folding."""
 
-    def gradients(output: torch.Tensor) -> list[torch.Tensor]:
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *, num_views, num_references=0, ema=None,
+                 latent_tokens=0, **_):  # fmt: skip
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        views, tokens = num_views + num_references, hidden_states.shape[1]
+        mask = torch.ones(tokens, context.shape[1], dtype=torch.bool)
+        if encoder_hidden_states is None:
+            q, k, v = (t.reshape(-1, views * tokens, t.shape[-1]) for t in (q, k, v))
+            is_reference = torch.arange(views).repeat_interleave(tokens) >= num_views
+            mask = torch.ones(views * tokens, views * tokens, dtype=torch.bool)
+            if num_references:
+                joins = ema.downscales is None or (latent_tokens // tokens) ** 0.5 in ema.downscales
+                mask[~is_reference[:, None] & is_reference] = joins
+                mask[is_reference[:, None] & ~is_reference] = joins and ema.reads_views
+        q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+        return attn.to_out[0](torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(-2)).reshape(hidden_states.shape)
+
+
+@designs
+def test_output_and_gradients_equal_a_naive_concatenation(unet, ema: EmaConfig) -> None:
+    x, given = inputs(), references(ema)
+    own = x["timesteps"] if ema.timestep == "shared" else torch.zeros_like(x["timesteps"])
+    told = given["reference_camera"] if ema.camera == "own" else torch.zeros_like(given["reference_camera"])
+
+    def naive() -> torch.Tensor:
+        sample = torch.cat([x["latents"], given["references"]], dim=1)
+        times = torch.stack([x["timesteps"]] * 4 + [own] * ema.references, dim=1)
+        output = unet(
+            sample.flatten(0, 1), times.flatten(), x["context"].repeat_interleave(sample.shape[1], dim=0),
+            torch.cat([x["camera"], told], dim=1).flatten(0, 1), return_dict=False,
+            cross_attention_kwargs={"num_views": 4, "num_references": ema.references, "ema": ema, "latent_tokens": 64},
+        )[0]  # fmt: skip
+        return output.unflatten(0, sample.shape[:2])[:, :4]
+
+    results = []
+    for processor, call in (
+        (MultiViewAttention(), lambda: predict_with_references(unet, **x, **given, ema=ema)), (NaiveAttention(), naive),
+    ):  # fmt: skip
+        unet.set_attn_processor(processor)
         unet.zero_grad()
+        output = call()
         output.square().sum().backward()
-        return [p.grad.clone() for p in unet.parameters() if p.grad is not None]
-
-    ours = gradients(predict_with_references(unet, **x, **given, ema=ema))
-    joined = predict_noise_output(
-        unet,
-        torch.cat([x["latents"], given["references"]], dim=1),
-        x["timesteps"],
-        x["context"],
-        torch.cat([x["camera"], torch.zeros(2, 1, 16)], dim=1),
-    )
-    for a, b in zip(ours, gradients(joined[:, :4]), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+        results.append([output.detach(), *(p.grad.clone() for p in unet.parameters() if p.grad is not None)])
+    unet.set_attn_processor(MultiViewAttention())
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)

@@ -16,6 +16,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -69,7 +70,8 @@ def test_an_export_is_a_pipeline_and_draws_what_sampling_draws(folder: Path, pip
         ({"unet": ["evil", "Evil"]}, "names ('evil', 'Evil') as unet"),
         ({"extra": ["os", "system"]}, "as extra"),
         ({"scheduler": ["diffusers", "DiffusionPipeline"]}, "as scheduler"),
-        ({"_class_name": "Other"}, "holds a Other"),
+        ({"_class_name": "Other"}, "is not of a MultiViewPipeline"),
+        ({"camera": "isotropic3d_released_sds"}, "has camera=isotropic3d_released_sds, isotropic3d.json mvdream"),
         ({"unet": "aB"}, "names ('aB',) as unet"),
         ({"unet": {"a": 1, "B": 2}}, "as unet"),
     ],
@@ -133,7 +135,7 @@ def test_a_hubs_name(folder: Path, tmp_path: Path) -> None:
             MultiViewPipeline.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
 
 
-def test_saved_and_loaded_it_draws_the_same(pipe: MultiViewPipeline, tmp_path: Path) -> None:
+def test_saved_and_loaded_it_draws_the_same(folder: Path, pipe: MultiViewPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "saved")
     again = MultiViewPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.float32)
     again.set_progress_bar_config(disable=True)
@@ -142,6 +144,7 @@ def test_saved_and_loaded_it_draws_the_same(pipe: MultiViewPipeline, tmp_path: P
         p(picture(), num_inference_steps=2, generator=seeded(), output_type="np").images for p in (pipe, again)
     )
     assert first.shape == (1, 4, 32, 32, 3) and np.array_equal(first, second)
+    assert load_export(tmp_path / "saved").info == load_export(folder).info
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
@@ -181,7 +184,7 @@ def test_poses(pipe: MultiViewPipeline) -> None:
 
 @pytest.mark.parametrize(
     "scheduler",
-    [EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler],
+    [EulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler],
     ids=lambda s: s.__name__,
 )
 def test_any_scheduler(pipe: MultiViewPipeline, scheduler) -> None:
@@ -279,4 +282,7 @@ def test_offloading_in_groups(pipe: MultiViewPipeline) -> None:
     arguments = {"num_inference_steps": 1, "guidance_scale": 3, "output_type": "pt"}
     before = pipe(picture(), generator=seeded(), **arguments).images
     pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    hooked = {name for name, part in modules.items() if any(hasattr(m, "_diffusers_hook") for m in part.modules())}
+    assert hooked == {"unet", "vae"}, "torch's attention in the image encoder reads weights past the hooks"
     assert torch.equal(pipe(picture(), generator=seeded(), **arguments).images, before)

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
-from data.cameras import orbit_camera
+from data.cameras import CONVENTIONS, camera_conditioning, orbit_camera
 from data.stream import Batch
 from models.autoencoder import fit_patch_codec
 from models.checkpoint import make_scheduler
-from models.config import EmaConfig, UNetConfig
+from models.config import EmaConfig, ModelConfig, UNetConfig
 from models.image_encoder import ClipImageEncoder
 from models.multiview import build_unet
 from train.config import ObjectiveConfig
@@ -57,11 +57,12 @@ def loss(
     positions=(3, 8),
     prediction="v_prediction",
     ema: EmaConfig = EmaConfig(),  # noqa: B008  never changed
+    camera: str = "mvdream",
 ):
     unet, encoders = networks
     scheduler = make_scheduler(prediction, zero_terminal_snr=prediction == "v_prediction")
-    data = batch(list(positions), ema.references)
-    return training_loss(unet, encoders, scheduler, data, branch, config or ObjectiveConfig(), ema, LATENT, 0)
+    data, model = batch(list(positions), ema.references), ModelConfig(ema=ema, camera=camera)
+    return training_loss(unet, encoders, scheduler, data, branch, config or ObjectiveConfig(), model, LATENT, 0)
 
 
 def test_draws_depend_on_position_alone() -> None:
@@ -125,7 +126,7 @@ def test_a_network_that_knows_the_target_has_no_loss(networks) -> None:
     config = ObjectiveConfig(condition_dropout=0)
     for ema in EMA_DESIGNS:
         data = batch([3, 8], ema.references)
-        value = training_loss(Oracle(), encoders, scheduler, data, REFERENCE, config, ema, LATENT, 0)
+        value = training_loss(Oracle(), encoders, scheduler, data, REFERENCE, config, ModelConfig(ema=ema), LATENT, 0)
         assert value.tolist() == [0, 0]
 
 
@@ -149,13 +150,25 @@ def test_single_views_do_not_see_each_other(networks) -> None:
         seen = []
         handle = unet.register_forward_hook(lambda m, a, out: seen.append(out[0]))
         with torch.no_grad():
-            training_loss(unet, encoders, scheduler, data, branch, ObjectiveConfig(), EmaConfig(), LATENT, 0)
+            training_loss(unet, encoders, scheduler, data, branch, ObjectiveConfig(), ModelConfig(), LATENT, 0)
         handle.remove()
         return seen[0]
 
     for branch, alike in ((SINGLE, True), (MULTI, False)):
         difference = (view_losses(branch, False)[1:] - view_losses(branch, True)[1:]).abs().max()
         assert (difference < 1e-6) == alike
+
+
+@pytest.mark.parametrize("camera", CONVENTIONS)
+def test_cameras_are_told_in_the_models_convention(networks, camera: str) -> None:
+    unet, _ = networks
+    seen = []
+    handle = unet.register_forward_pre_hook(lambda m, a, k: seen.append(k["class_labels"]), with_kwargs=True)
+    loss(networks, REFERENCE, positions=[3], ema=EmaConfig(camera="own", references=2), camera=camera)
+    handle.remove()
+    data = batch([3], 2)
+    told = torch.cat([camera_conditioning(c2w, camera)[0] for c2w in (data.c2w, data.reference_c2w)])
+    assert torch.equal(seen[0], told)
 
 
 def test_dropped_condition_is_zeros(networks) -> None:

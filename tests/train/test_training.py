@@ -27,8 +27,10 @@ from wandb.proto import wandb_internal_pb2
 
 from data.files import UserError
 from models.checkpoint import load_export
+from models.image_encoder import load_image_encoder_folder
 from train.config import TrainConfig
-from train.loop import initial_unet, set_up
+from train.loop import set_up
+from train.networks import initial_unet
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -202,7 +204,8 @@ def test_stage_2_starts_from_stage_1(quiet, tiny, tmp_path) -> None:
     out = tmp_path / "stage2"
     done = train(
         tiny, out, f"init_from={quiet}/export", "steps=2", "objective.reference_probability=1",
-        "objective.single_view_probability=0", "optim.lr=1e-9", stage=2, processes=1,
+        "objective.single_view_probability=0", "optim.lr=1e-9", "model.autoencoder.weights=null",
+        "model.image_encoder.weights=null", stage=2, processes=1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -229,10 +232,25 @@ def test_stage_2_starts_from_stage_1(quiet, tiny, tmp_path) -> None:
         (["model.image_encoder.tokens=patches"], "set model.unet.embedding_dim=192"),
         (["trainable=lora", "lora.targets=[nowhere]"], "lora.targets=['nowhere']"),
         (["model.autoencoder.latent_channels=4"], "set model.autoencoder.latent_channels=8"),
-        (["model.prediction_type=epsilon", "model.zero_terminal_snr=false"], "trained with prediction_type=v_pred"),
+        (
+            ["model.prediction_type=epsilon", "model.zero_terminal_snr=false"],
+            "trained with model.prediction_type=v_pred",
+        ),
+        (["model.camera=isotropic3d_released_sds"], "with model.camera=mvdream and not isotropic3d_released_sds"),
+        (["model.beta_end=0.02"], "with model.beta_end=0.012 and not 0.02"),
+        (
+            ["model.image_encoder.preprocess=open_clip"],
+            "another image_encoder: preprocess=released there and open_clip",
+        ),
+        (["model.image_encoder.weights={tiny}/other_encoder"], "another image_encoder: visual."),
     ],
 )
 def test_errors_come_before_work(quiet, tiny, tmp_path, overrides, words) -> None:
+    other = tiny / "other_encoder"
+    if not other.exists():
+        encoder = load_image_encoder_folder(tiny / "parts" / "image_encoder")
+        encoder.visual.proj.data.mul_(1.001)
+        encoder.save_pretrained(other)
     with pytest.raises(UserError, match=re.escape(words)):
         set_up(
             composed(2, tiny, tmp_path / "run", f"init_from={quiet}/export", *(o.format(tiny=tiny) for o in overrides))
