@@ -33,7 +33,7 @@ demo: system
 ## make test      all tests that need no GPU
 test: system
 	@$(MAKE) --no-print-directory -j2 install blender
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
 
 ## make check     lint, types and the fast tests
 check: install

@@ -260,10 +260,9 @@ def test_errors_come_before_work(quiet, tiny, tmp_path, overrides, words) -> Non
 
 def test_another_embedding_from_weights_without_one(quiet, tiny, tmp_path) -> None:
     """Patch tokens of the tower's width: the layer that takes them is new, all else is the export's."""
-    choices = ["model.image_encoder.tokens=patches", "model.unet.embedding_dim=192"]
-    first, second = (
-        initial_unet(composed(2, tiny, tmp_path / "run", f"init_from={quiet}/export", *choices)) for _ in range(2)
-    )
+    start = ["init_from=null", "model.unet.from_scratch=false", f"model.unet.weights={quiet}/export/unet"]
+    choices = [*start, "model.image_encoder.tokens=patches", "model.unet.embedding_dim=192"]
+    first, second = (initial_unet(composed(2, tiny, tmp_path / "run", *choices)) for _ in range(2))
     before = load_file(quiet / "export/unet/diffusion_pytorch_model.safetensors")
     after = first.state_dict()
     assert set(after) - set(before) == {"encoder_hid_proj.weight", "encoder_hid_proj.bias"}
@@ -272,7 +271,7 @@ def test_another_embedding_from_weights_without_one(quiet, tiny, tmp_path) -> No
     assert torch.equal(weight, second.encoder_hid_proj.weight)
     torch.testing.assert_close(weight @ weight.T, torch.eye(8), atol=1e-5, rtol=0)
     done = train(
-        tiny, tmp_path / "run", f"init_from={quiet}/export", *choices, "steps=1", "trainable=cross_attention",
+        tiny, tmp_path / "run", *choices, "steps=1", "trainable=cross_attention",
         stage=2, processes=1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
