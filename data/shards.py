@@ -1,36 +1,47 @@
-"""WebDataset shards with a manifest: one tar sample an object, read by seeking to its byte range.
+"""WebDataset shards with a manifest: one tar sample an object, of which only the members that are asked for are read.
 
     shards/  manifest.json  shard-000000.tar  shard-000001.tar ...
 
 A sample's members are `<uid>.json` (the object's meta.json) and one `<uid>.<view>` a picture, in the WebDataset format
 (https://github.com/webdataset/webdataset: files that share the name up to the first dot are one sample).
-manifest.json: {"format": "isotropic3d-shards/1", "resolution": pixels, "cameras": {"elevation_deg", "fov_deg",
-"framing": [low, high]}, "shards": [{"name", "bytes", "sha256", "samples": [{"key", "offset", "bytes"}]}]}.
+manifest.json: {"format": "isotropic3d-shards/2", "kind": "views" or "latents", "resolution": pixels, "cameras":
+{"elevation_deg", "fov_deg", "framing": [low, high]}, "encoders": null or a mark, "shards": [{"name", "bytes", "sha256",
+"keys", "offsets", "sizes", "marks", "sources"}]}: a shard's samples as columns, so that a million of them load in a
+second.  A sample's mark is of its `.json`, which holds the CRC of each picture: so every byte that is used is checked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from webdataset import TarWriter
 
-from data.files import UserError, atomic_file, read_json, require_writable, write_json
-from data.progress import Progress
+from data.files import UserError
+from data.sources import ShardFolder
 
-FORMAT = "isotropic3d-shards/1"
+FORMAT = "isotropic3d-shards/2"
 KEY = re.compile(r"[A-Za-z0-9_-]+")
-MEMBERS = re.compile(r"json|\d{3}\.(png|webp)")
+SHARD = re.compile(r"[A-Za-z0-9_-]+\.tar")
+MEMBERS = re.compile(r"json|\d{3}(_normal|_depth)?\.(png|webp)|latents\.safetensors")
 MAX_SIDE = 4096  # pixels; a larger picture is refused before it is decoded
 MAX_SAMPLE_BYTES = 2**30
+MAX_MANIFEST_BYTES = 2**31
+BLOCK = tarfile.BLOCKSIZE
+
+
+class DamagedSample(UserError):
+    """A sample whose bytes are not what was packed; training may go on without it."""
 
 
 @dataclass
@@ -43,101 +54,210 @@ class Cameras:
 
 
 @dataclass
-class Sample:
-    key: str
-    offset: int  # of the first member's header in the tar
-    bytes: int  # up to the end of the last member's padding
-
-
-@dataclass
 class Shard:
+    """A tar, and of each of its samples, in columns:"""
+
     name: str
     bytes: int
     sha256: str
-    samples: list[Sample]
+    keys: list[str]
+    offsets: list[int]  # of the first member's header in the tar
+    sizes: list[int]  # bytes up to the end of the last member's padding
+    marks: list[str]  # of the packed .json, see `mark`
+    sources: list[str]  # of the views folder that it was made of
 
 
 @dataclass
 class Manifest:
-    resolution: int
+    resolution: int  # pixels a side of the pictures, or of the pictures that the latents are of
     cameras: Cameras
     shards: list[Shard]
+    kind: str = "views"
+    encoders: str | None = None  # of latents: which networks made them (data.latents.encoders_mark)
+
+    @property
+    def count(self) -> int:
+        return sum(len(shard.keys) for shard in self.shards)
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """Checks that every shard is there with its size.  UserError naming the file and the remedy."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"shards: {folder} is not a folder; make it with python data/pack.py views=... out={folder}")
-    if not (folder / "manifest.json").is_file():
-        raise UserError(
-            f"shards: {folder} has no manifest.json; make one with python data/pack.py views=... out={folder}"
-        )
-    content = read_json(folder / "manifest.json", "shards")
+def mark(content: bytes) -> str:
+    """16 hexadecimal digits of the SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def read_manifest(location: str | os.PathLike[str] | ShardFolder) -> Manifest:
+    """UserError naming the file and the remedy.  The shards themselves are not looked at; see `damaged_shards`."""
+    folder = location if isinstance(location, ShardFolder) else ShardFolder(str(location))
+    remedy = f"make one with python data/pack.py views=... out={location}"
+    if folder.local is not None and not folder.local.is_dir():
+        raise UserError(f"shards: {folder.local} is not a folder; {remedy}")
+    if not folder.exists("manifest.json"):
+        raise UserError(f"{folder.describe()} has no manifest.json; {remedy}")
+    try:
+        content = json.loads(folder.read_whole("manifest.json", MAX_MANIFEST_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder.describe('manifest.json')} cannot be read: {error}; pack the views again") from None
+    return parse_manifest(content, folder.describe("manifest.json"))
+
+
+def parse_manifest(content: Any, where: str) -> Manifest:
+    """UserError for what is not a manifest, names files elsewhere, or has no objects or one twice."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"shards: {folder}/manifest.json is not of format {FORMAT}; pack the views again")
+        raise UserError(f"{where} is not of format {FORMAT}; pack the views again")
     try:
         manifest = Manifest(
             resolution=int(content["resolution"]),
             cameras=Cameras(**{key: (float(low), float(high)) for key, (low, high) in content["cameras"].items()}),
-            shards=[
-                Shard(s["name"], s["bytes"], s["sha256"], [Sample(**sample) for sample in s["samples"]])
-                for s in content["shards"]
-            ],
+            shards=[Shard(**shard) for shard in content["shards"]],
+            kind=content["kind"],
+            encoders=content["encoders"],
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"shards: {folder}/manifest.json is damaged ({error!r}); pack the views again") from None
+        for shard in manifest.shards:
+            columns = (shard.keys, shard.offsets, shard.sizes, shard.marks, shard.sources)
+            if len({len(column) for column in columns}) != 1:
+                raise ValueError(f"{shard.name} has columns of different lengths")
+            ends = np.asarray(shard.offsets, dtype=np.int64) + np.asarray(shard.sizes, dtype=np.int64)
+            if not all(isinstance(key, str) for key in shard.keys) or (ends > shard.bytes).any() or (ends < 0).any():
+                raise ValueError(f"{shard.name} has samples outside of it")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{where} is damaged ({error!r}); pack the views again") from None
     for shard in manifest.shards:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+\.tar", shard.name):
-            raise UserError(f"shards: {folder}/manifest.json names {shard.name!r}, which is no plain .tar name")
-        path = folder / shard.name
-        if not path.is_file():
-            raise UserError(f"shards: {path} is missing; pack the views again")
-        if path.stat().st_size != shard.bytes:
-            raise UserError(
-                f"shards: {path} has {path.stat().st_size} bytes and the manifest says {shard.bytes}: it is truncated "
-                "or changed; copy it again, or pack the views again"
-            )
-    if not any(shard.samples for shard in manifest.shards):
-        raise UserError(f"shards: {folder} holds no objects; pack some views")
+        if not SHARD.fullmatch(shard.name):
+            raise UserError(f"{where} names {shard.name!r}, which is no plain .tar name")
+    if manifest.count == 0:
+        raise UserError(f"{where} holds no objects; pack some views")
+    if len({key for shard in manifest.shards for key in shard.keys}) < manifest.count:
+        seen: set[str] = set()
+        twice = next(k for shard in manifest.shards for k in shard.keys if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise UserError(f"{where} has {twice} twice; pack the views again into an empty folder")
     return manifest
 
 
-def read_sample(folder: str | Path, shard: Shard, sample: Sample) -> dict[str, bytes]:
-    """Members by suffix: {"json": ..., "000.png": ...}.  UserError naming shard and key when they are not whole."""
-    path = Path(folder) / shard.name
-    where = f"shards: {path}, object {sample.key}"
-    if not 0 < sample.bytes <= MAX_SAMPLE_BYTES:
-        raise UserError(f"{where}: a sample of {sample.bytes} bytes; pack the views again")
+def damaged_shards(folder: ShardFolder, manifest: Manifest) -> dict[str, str]:
+    """{name: what is wrong} of the shards of a local folder that are missing or not of their size."""
+    found = {}
+    for shard in manifest.shards if folder.local is not None else ():
+        size = folder.size(shard.name)
+        if size is None:
+            found[shard.name] = "is missing"
+        elif size != shard.bytes:
+            found[shard.name] = f"has {size} bytes and the manifest says {shard.bytes}: it is truncated or changed"
+    return found
+
+
+class Members:
+    """The members of one sample by suffix ("json", "000.png"); each is read when it is asked for."""
+
+    def __init__(self, where: str, places: dict[str, tuple[int, int]], read: Callable[[int, int], bytes]):
+        self.where, self.places, self._read = where, places, read
+
+    def __contains__(self, suffix: str) -> bool:
+        return suffix in self.places
+
+    def __getitem__(self, suffix: str) -> bytes:
+        if suffix not in self.places:
+            raise DamagedSample(f"{self.where}: lacks {suffix}; pack the views again")
+        offset, size = self.places[suffix]
+        content = self._read(offset, size)
+        if len(content) != size:
+            raise DamagedSample(f"{self.where}: the file ends inside {suffix}; copy the shard again")
+        return content
+
+    def part(self, offset: int, size: int, crc: int) -> bytes:
+        """Bytes of the sample, which must have this CRC-32."""
+        content = self._read(offset, size)
+        if zlib.crc32(content) != crc or len(content) != size:
+            raise DamagedSample(f"{self.where}: bytes {offset} to {offset + size} are not what was packed (CRC-32)")
+        return content
+
+    def checked(self, suffix: str, crc: Any) -> bytes:
+        """The member, which must have this CRC-32."""
+        content = self[suffix]
+        if zlib.crc32(content) != crc:
+            raise DamagedSample(f"{self.where}: {suffix} is not what was packed (CRC-32); copy the shard again")
+        return content
+
+
+@contextlib.contextmanager
+def open_sample(folder: ShardFolder, shard: Shard, number: int) -> Iterator[Members]:
+    """Sample `number` of a shard.  DamagedSample naming shard and key when it is not whole."""
+    key, offset, size = shard.keys[number], shard.offsets[number], shard.sizes[number]
+    where = f"{folder.describe(shard.name)}, object {key}"
+    if not BLOCK < size <= MAX_SAMPLE_BYTES or not KEY.fullmatch(key):
+        raise DamagedSample(f"{where}: a sample of {size} bytes; pack the views again")
+    if folder.local is None:  # a request costs more than the bytes that are not asked for
+        content = folder.read(shard.name, offset, size, shard.sha256)
+        yield Members(where, walk(content_reader(content), size, key, where), content_reader(content))
+        return
     try:
-        with open(path, "rb") as file:
-            file.seek(sample.offset)
-            content = file.read(sample.bytes)
-        if len(content) != sample.bytes:
-            raise UserError(f"{where}: the file ends inside it; copy the shard again")
-        members: dict[str, bytes] = {}
-        # Two blocks of zeros end a tar, so that the slice is one.
-        with tarfile.open(fileobj=io.BytesIO(content + bytes(1024)), mode="r:") as tar:
-            for member in tar:
-                key, _, suffix = member.name.partition(".")
-                if key != sample.key or not member.isfile() or not MEMBERS.fullmatch(suffix):
-                    raise UserError(
-                        f"{where}: holds {member.name!r}, which does not belong there; pack the views again"
-                    )
-                opened = tar.extractfile(member)
-                assert opened is not None
-                members[suffix] = opened.read()
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{where}: cannot be read ({error}); copy the shard again, or pack the views again") from None
-    if "json" not in members:
-        raise UserError(f"{where}: has no .json member; pack the views again")
-    return members
+        handle = os.open(folder.local / shard.name, os.O_RDONLY)
+    except OSError as error:
+        raise DamagedSample(f"{where}: cannot be opened ({error.strerror}); copy the shard again") from None
+    try:
+        read = lambda start, count: os.pread(handle, count, offset + start)  # noqa: E731
+        yield Members(where, walk(read, size, key, where), read)
+    except OSError as error:
+        raise DamagedSample(f"{where}: cannot be read ({error}); copy the shard again") from None
+    finally:
+        os.close(handle)
 
 
-def decode_image(content: bytes, size: int) -> np.ndarray:
+def content_reader(content: bytes) -> Callable[[int, int], bytes]:
+    return lambda start, count: content[start : start + count]
+
+
+def walk(read: Callable[[int, int], bytes], size: int, key: str, where: str) -> dict[str, tuple[int, int]]:
+    """suffix -> (offset, size) of its content, from the headers alone.  read(offset, count) gives bytes of the sample."""
+    places: dict[str, tuple[int, int]] = {}
+    position = 0
+    while position < size:
+        try:
+            member = tarfile.TarInfo.frombuf(read(position, BLOCK), "utf-8", "strict")
+        except (tarfile.TarError, ValueError) as error:
+            raise DamagedSample(f"{where}: no tar header at byte {position} ({error}); copy the shard again") from None
+        owner, _, suffix = member.name.partition(".")
+        begin = position + BLOCK
+        position = begin + -(-member.size // BLOCK) * BLOCK
+        if owner != key or not member.isreg() or not MEMBERS.fullmatch(suffix) or suffix in places:
+            raise DamagedSample(f"{where}: holds {member.name!r}, which does not belong there; pack the views again")
+        if member.size < 0 or position > size:
+            raise DamagedSample(f"{where}: {suffix} reaches beyond the sample; copy the shard again")
+        places[suffix] = begin, member.size
+    return places
+
+
+def read_meta(members: Members, expected_mark: str) -> dict[str, Any]:
+    """The object's meta.json.  DamagedSample when it is not the packed one, or lacks what is read of it."""
+    content = members["json"]
+    if mark(content) != expected_mark:
+        raise DamagedSample(f"{members.where}: its .json is not what was packed; copy the shard again")
+    try:
+        meta: dict[str, Any] = json.loads(content)
+        require_views(meta)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedSample(f"{members.where}: its metadata is damaged ({error!r}); pack the views again") from None
+    return meta
+
+
+def require_views(meta: dict[str, Any]) -> None:
+    """ValueError, KeyError or TypeError when meta.json lacks what training reads of it, or holds it wrongly."""
+    if not isinstance(meta["uid"], str) or not isinstance(meta["views"], list):
+        raise ValueError("uid must be a string and views a list")
+    cameras = np.asarray([view["c2w"] for view in meta["views"]], dtype=np.float64).reshape(len(meta["views"]), -1)
+    if cameras.shape[1:] != (16,) or not np.isfinite(cameras).all():
+        good = [row.shape == (16,) and bool(np.isfinite(row).all()) for row in cameras]
+        raise ValueError(f"c2w of {meta['views'][good.index(False)]['file']} is not a finite 4 x 4 matrix")
+    for view in meta["views"]:
+        wanted = {"file": str, "role": str} | ({"ring": int, "index": int} if view["role"] == "ring" else {})
+        for key, kind in wanted.items():
+            if not isinstance(view[key], kind):
+                raise ValueError(f"{key}={view[key]!r} of a view is no {kind.__name__}")
+
+
+def decode_image(content: bytes, size: int, expected: int | None = None) -> np.ndarray:
     """PNG or WebP bytes -> uint8 (size, size, 4), straight alpha; resized with premultiplied alpha.
 
-    UserError for anything else, and for pictures of more than MAX_SIDE pixels a side.
+    UserError for anything else, for pictures of more than MAX_SIDE pixels a side, or of other than `expected` ones.
     """
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "WEBP")) as picture:
@@ -145,6 +265,8 @@ def decode_image(content: bytes, size: int) -> np.ndarray:
                 raise UserError(
                     f"a view of {picture.width} x {picture.height} pixels; views are square, up to {MAX_SIDE}"
                 )
+            if expected is not None and picture.width != expected:
+                raise UserError(f"a view of {picture.width} x {picture.height} pixels, where {expected} were packed")
             image = picture.convert("RGBA")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"a view is not a PNG or WebP picture that can be read ({error})") from None
@@ -155,85 +277,3 @@ def decode_image(content: bytes, size: int) -> np.ndarray:
             .convert("RGBA")
         )
     return np.asarray(image)
-
-
-def pack(views: Path, out: Path, objects_per_shard: int) -> Manifest:
-    """Packs every `views/<uid>/` into shards in `out`; the same views give the same bytes.
-
-    A shard whose content is there already is left alone.  The manifest is written last, so a killed pack leaves the
-    former set of shards valid or none.
-    """
-    folders = sorted(path.parent for path in views.glob("[!.]*/meta.json"))  # not what a killed render left half done
-    if not folders:
-        raise UserError(f"views={views} holds no <uid>/meta.json; render first with python data/render.py out={views}")
-    require_writable(out)
-    metas = [check_meta(folder) for folder in folders]
-    resolutions = {meta["resolution"] for meta in metas}
-    if len(resolutions) > 1:
-        raise UserError(f"views={views} mixes resolutions {sorted(resolutions)}; render them with one setting")
-    shards = []
-    with Progress("packing", len(folders), "object") as progress:
-        for first in range(0, len(folders), objects_per_shard):
-            name = f"shard-{first // objects_per_shard:06d}.tar"
-            chosen = slice(first, first + objects_per_shard)
-            shards.append(write_shard(out / name, folders[chosen], metas[chosen]))
-            progress.update(len(folders[chosen]))
-    manifest = Manifest(resolutions.pop(), camera_ranges(metas), shards)
-    write_json(out / "manifest.json", {"format": FORMAT, **asdict(manifest)})
-    for stale in out.glob("shard-*.tar"):
-        if stale.name not in {shard.name for shard in shards}:
-            stale.unlink()
-    return manifest
-
-
-def check_meta(folder: Path) -> dict[str, Any]:
-    meta: dict[str, Any] = read_json(folder / "meta.json", "views")
-    if meta.get("uid") != folder.name or not KEY.fullmatch(folder.name):
-        raise UserError(f"views: {folder}/meta.json is of object {meta.get('uid')!r}; a folder bears its object's uid")
-    for view in meta["views"]:
-        if not MEMBERS.fullmatch(view["file"]) or not (folder / view["file"]).is_file():
-            raise UserError(f"views: {folder} lacks {view['file']!r}; delete the folder and render again")
-    return meta
-
-
-def camera_ranges(metas: list[dict[str, Any]]) -> Cameras:
-    """Lowest and highest value among the views trained on."""
-    ring = [view for meta in metas for view in meta["views"] if view["role"] == "ring"]
-    if not ring:
-        raise UserError("views: no object has a view of role ring; render them again")
-    framing = [view["distance"] * float(np.tan(np.radians(view["fov_deg"]) / 2)) for view in ring]
-
-    def span(values: list[float]) -> tuple[float, float]:
-        return round(min(values), 4), round(max(values), 4)
-
-    return Cameras(span([v["elevation_deg"] for v in ring]), span([v["fov_deg"] for v in ring]), span(framing))
-
-
-def write_shard(path: Path, folders: list[Path], metas: list[dict[str, Any]]) -> Shard:
-    """Times, owners and order are fixed, so that equal views give equal bytes."""
-    buffer = io.BytesIO()
-    with TarWriter(buffer, user="isotropic3d", group="isotropic3d", mode=0o644, mtime=0, encoder=False) as writer:
-        for folder, meta in zip(folders, metas, strict=True):
-            content = {"__key__": meta["uid"], "json": json.dumps(meta, sort_keys=True).encode()}
-            content |= {view["file"]: (folder / view["file"]).read_bytes() for view in meta["views"]}
-            writer.write(content)
-    content_bytes = buffer.getvalue()
-    if not path.is_file() or path.stat().st_size != len(content_bytes) or path.read_bytes() != content_bytes:
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(content_bytes)
-    return Shard(
-        path.name, len(content_bytes), hashlib.sha256(content_bytes).hexdigest(), locate_samples(content_bytes)
-    )
-
-
-def locate_samples(content: bytes) -> list[Sample]:
-    """The byte range of each sample's members in a tar."""
-    samples: list[Sample] = []
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-        for member in tar:
-            key = member.name.partition(".")[0]
-            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            if not samples or samples[-1].key != key:
-                samples.append(Sample(key, member.offset, 0))
-            samples[-1].bytes = end - samples[-1].offset
-    return samples

@@ -3,16 +3,16 @@
 Sample number `position` of the endless stream is object `order(seed, epoch)[position % N]` with epoch = position // N;
 global batch s holds positions s * B .. (s + 1) * B - 1, and rank r of R decodes its contiguous share.  So the batches
 do not depend on the number of ranks or workers, and resuming needs one integer: the number of samples consumed.
-Shapes: B objects, V views, H W pixels.
+An object whose bytes are damaged is replaced by another one, drawn from (seed, position), and named in the batch.
+Shapes: B objects, V views, R references, H W pixels, C latent channels, h w latent size, T tokens of width D.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.files import UserError
-from data.shards import Manifest, decode_image, read_manifest, read_sample
+from data.shards import DamagedSample, Manifest, Members, decode_image, open_sample, read_manifest, read_meta
+from data.sources import ShardFolder
+
+TRIES = 16  # other objects in place of a damaged one, before the shards are given up
 
 
 def keyed_generator(seed: int, purpose: str, number: int) -> np.random.Generator:
@@ -32,12 +35,22 @@ def keyed_generator(seed: int, purpose: str, number: int) -> np.random.Generator
 
 @dataclass
 class Batch:
-    images: Tensor  # (B, V, 3, H, W) in [-1, 1], on white
-    references: Tensor  # (B, R, 3, H, W) in [0, 1], on white: front views of the same object; the first is embedded
+    """Pictures, or, from shards of latents, what the frozen encoders had made of them."""
+
     c2w: Tensor  # (B, V, 4, 4)
     reference_c2w: Tensor  # (B, R, 4, 4)
     positions: list[int]  # in the stream
     keys: list[str]  # object uids
+    images: Tensor | None = None  # (B, V, 3, H, W) in [-1, 1], on white
+    # (B, R, 3, H, W) in [0, 1], on white: front views of the same object; the first is embedded
+    references: Tensor | None = None
+    moments: Tensor | None = None  # (B, V + R, 2C, h, w): the posterior's mean and log variance, unscaled
+    embeddings: Tensor | None = None  # (B, T, D) of the first reference
+    damaged: dict[str, str] = field(default_factory=dict)  # uid: what was wrong with it, so that another came
+
+    @property
+    def views(self) -> int:
+        return self.c2w.shape[1]
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -61,6 +74,8 @@ def choose_views(meta: dict[str, Any], num_views: int, generator: np.random.Gene
     rings: dict[int, list[dict[str, Any]]] = {}
     for view in views_of(meta, "ring"):
         rings.setdefault(view["ring"], []).append(view)
+    if not rings:
+        raise DamagedSample(f"object {meta['uid']} has no views of role ring; render it again")
     ring = sorted(rings[sorted(rings)[generator.integers(len(rings))]], key=lambda view: view["index"])
     if len(ring) % num_views:
         raise UserError(
@@ -72,94 +87,161 @@ def choose_views(meta: dict[str, Any], num_views: int, generator: np.random.Gene
     return [ring[(start + i * stride) % len(ring)] for i in range(num_views)]
 
 
-def require_views(meta: dict[str, Any]) -> None:
-    """ValueError, KeyError or TypeError when meta.json lacks what the stream reads of it, or holds it wrongly."""
-    if not isinstance(meta["uid"], str) or not isinstance(meta["views"], list):
-        raise ValueError("uid must be a string and views a list")
-    for view in meta["views"]:
-        camera = np.asarray(view["c2w"], dtype=np.float64)
-        if camera.shape != (4, 4) or not np.isfinite(camera).all():
-            raise ValueError(f"c2w of {view['file']} is not a finite 4 x 4 matrix")
-        wanted = {"file": str, "role": str} | ({"ring": int, "index": int} if view["role"] == "ring" else {})
-        for key, kind in wanted.items():
-            if not isinstance(view[key], kind):
-                raise ValueError(f"{key}={view[key]!r} of a view is no {kind.__name__}")
+def choose_references(meta: dict[str, Any], count: int, generator: np.random.Generator) -> list[dict[str, Any]]:
+    """Different ones, at random.  UserError when the object has fewer than `count`."""
+    there = views_of(meta, "reference")
+    if len(there) < count:
+        raise UserError(
+            f"object {meta['uid']} has {len(there)} reference views and model.ema.references={count}; render with more "
+            "references, or use fewer"
+        )
+    first = int(generator.integers(len(there)))
+    others = [i for i in range(len(there)) if i != first]
+    if count > 1:
+        others = generator.choice(others, count - 1, replace=False).tolist()
+        return [there[first], *(there[i] for i in others)]
+    return [there[first]]
+
+
+@dataclass
+class StoredObject:
+    """One object of the shards, open for reading."""
+
+    meta: dict[str, Any]
+    members: Members
+    resolution: int  # that its pictures were packed with
+    size: int  # that they are wanted in
+
+    def image(self, view: dict[str, Any]) -> Tensor:
+        """(3, H, W) in [0, 1], on white."""
+        try:
+            content = self.members.checked(view["file"], view["crc32"][view["file"]])
+            return composite(decode_image(content, self.size, self.resolution))
+        except (KeyError, TypeError) as error:
+            raise DamagedSample(f"{self.members.where}: {view['file']} has no CRC ({error!r})") from None
+        except DamagedSample:
+            raise
+        except UserError as error:
+            raise DamagedSample(f"{self.members.where}: {error}; pack the views again") from None
+
+    def moments(self, views: list[dict[str, Any]]) -> Tensor:
+        """(N, 2C, h, w) in float32 of those views."""
+        numbers = [self.meta["views"].index(view) for view in views]
+        return self._slices("moments", numbers)
+
+    def embedding(self, view: dict[str, Any]) -> Tensor:
+        """(T, D) in float32 of a reference view."""
+        return self._slices("embeddings", [self.meta["latents"]["embedded"].index(view["file"])])[0]
+
+    def _slices(self, name: str, numbers: list[int]) -> Tensor:
+        """Rows of a tensor of latents.safetensors, each with its own CRC, so that only these are read."""
+        try:
+            told = self.meta["latents"][name]
+            shape, dtype = tuple(told["shape"][1:]), {"float16": np.float16, "float32": np.float32}[told["dtype"]]
+            begin, _ = self.members.places["latents.safetensors"]
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            rows = [self.members.part(begin + told["offset"] + n * size, size, told["crc32"][n]) for n in numbers]
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise DamagedSample(f"{self.members.where}: its latents are damaged ({error!r})") from None
+        return torch.from_numpy(np.stack([np.frombuffer(row, dtype).reshape(shape) for row in rows]).astype(np.float32))
+
+
+@dataclass
+class Span:
+    """From which position of the stream on the objects are those of `manifest`."""
+
+    first: int
+    epoch: int  # the number of its first epoch
+    manifest: Manifest
 
 
 class ViewDataset(Dataset[dict[str, Any]]):
-    """Random access by stream position; opens nothing until asked, so workers can be forked or spawned."""
+    """Random access by stream position; opens nothing until asked, so workers can be forked or spawned.
 
-    def __init__(self, shards: str | Path, image_size: int, num_views: int, seed: int, num_references: int = 1):
-        self.folder, self.image_size, self.num_views, self.seed = Path(shards), image_size, num_views, seed
-        self.num_references = num_references
-        self.manifest: Manifest = read_manifest(self.folder)
-        self.index = [(shard, sample) for shard in self.manifest.shards for sample in shard.samples]
+    spans: where shards were added during a run; None: those of the folder's manifest, from the start.
+    """
+
+    def __init__(
+        self,
+        shards: str | ShardFolder,
+        image_size: int,
+        num_views: int,
+        seed: int,
+        num_references: int = 1,
+        spans: list[Span] | None = None,
+    ):
+        self.folder = shards if isinstance(shards, ShardFolder) else ShardFolder(str(shards))
+        self.image_size, self.num_views, self.seed, self.num_references = image_size, num_views, seed, num_references
+        self.spans = spans or [Span(0, 0, read_manifest(self.folder))]
+        self.starts = [np.cumsum([0, *(len(shard.keys) for shard in s.manifest.shards)]) for s in self.spans]
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
+    @property
+    def manifest(self) -> Manifest:
+        """The one that holds from now on."""
+        return self.spans[-1].manifest
+
+    def __len__(self) -> int:
+        """Objects of an epoch."""
+        return self.manifest.count
+
     def __getitem__(self, position: int) -> dict[str, Any]:
-        epoch, offset = divmod(position, len(self.index))
-        if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.seed, epoch, len(self.index)))
+        damaged: dict[str, str] = {}
+        for attempt in range(TRIES):
+            span, number = self.object_at(position, attempt)
+            try:
+                with self.open(number, span) as stored:
+                    return self.sample(stored, position) | {"position": position, "damaged": damaged}
+            except DamagedSample as error:
+                shard, row = self.locate(number, span)
+                damaged[self.spans[span].manifest.shards[shard].keys[row]] = str(error)
+        first = next(iter(damaged.values()))
+        raise UserError(f"{len(damaged)} objects tried for one place of a batch are all damaged; the first: {first}")
+
+    def object_at(self, position: int, attempt: int = 0) -> tuple[int, int]:
+        """(span, object number) at `position`; with `attempt` > 0 the one in place of a damaged object there."""
+        index = max(i for i, span in enumerate(self.spans) if span.first <= position)
+        span = self.spans[index]
+        if attempt:
+            return index, int(keyed_generator(self.seed, f"instead {attempt}", position).integers(span.manifest.count))
+        epoch, offset = divmod(position - span.first, span.manifest.count)
+        if self._order[0] != span.epoch + epoch:
+            self._order = (span.epoch + epoch, epoch_order(self.seed, span.epoch + epoch, span.manifest.count))
+        return index, int(self._order[1][offset])
+
+    def locate(self, number: int, span: int = -1) -> tuple[int, int]:
+        """(shard, row in it) of an object."""
+        shard = int(np.searchsorted(self.starts[span], number, side="right")) - 1
+        return shard, number - int(self.starts[span][shard])
+
+    @contextlib.contextmanager
+    def open(self, number: int, span: int = -1) -> Iterator[StoredObject]:
+        """Object `number` of the manifest.  DamagedSample naming shard and object when its bytes are not whole."""
+        index, row = self.locate(number, span)
+        manifest = self.spans[span].manifest
+        shard = manifest.shards[index]
+        with open_sample(self.folder, shard, row) as members:
+            yield StoredObject(read_meta(members, shard.marks[row]), members, manifest.resolution, self.image_size)
+
+    def sample(self, stored: StoredObject, position: int) -> dict[str, Any]:
+        """What one place of a batch holds, without batch dimension."""
         generator = keyed_generator(self.seed, "views", position)
-        number = int(self._order[1][offset])
-        members, meta = self.read(number)
-        views = choose_views(meta, self.num_views, generator)
-        references = self.choose_references(number, meta, generator)
         try:
-            return {
-                "images": torch.stack([self.image(members, view) for view in views]) * 2 - 1,
-                "references": torch.stack([self.image(members, view) for view in references]),
-                "c2w": torch.tensor([view["c2w"] for view in views], dtype=torch.float32),
-                "reference_c2w": torch.tensor([view["c2w"] for view in references], dtype=torch.float32),
-                "position": position,
-                "key": meta["uid"],
-            }
+            views = choose_views(stored.meta, self.num_views, generator)
+            references = choose_references(stored.meta, self.num_references, generator)
         except UserError as error:
-            raise UserError(f"{self.where(number)}: {error}; copy the shard again, or pack the views again") from None
-
-    def choose_references(
-        self, number: int, meta: dict[str, Any], generator: np.random.Generator
-    ) -> list[dict[str, Any]]:
-        """Different ones, at random."""
-        there = views_of(meta, "reference")
-        if len(there) < self.num_references:
-            raise UserError(
-                f"{self.where(number)}: has {len(there)} reference views and model.ema.references="
-                f"{self.num_references}; render with more references, or use fewer"
-            )
-        first = int(generator.integers(len(there)))
-        others = [i for i in range(len(there)) if i != first]
-        if self.num_references > 1:
-            others = generator.choice(others, self.num_references - 1, replace=False).tolist()
-            return [there[first], *(there[i] for i in others)]
-        return [there[first]]
-
-    def where(self, number: int) -> str:
-        shard, sample = self.index[number]
-        return f"shards: {self.folder / shard.name}, object {sample.key}"
-
-    def read(self, number: int) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """Object `number` of the manifest: its members by suffix, and its meta.json."""
-        members = read_sample(self.folder, *self.index[number])
-        try:
-            meta: dict[str, Any] = json.loads(members["json"])
-            require_views(meta)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self.where(number)}: its metadata is damaged ({error!r}); pack the views again"
-            ) from None
-        absent = [view["file"] for view in meta["views"] if view["file"] not in members]
-        roles = {view["role"] for view in meta["views"]}
-        if absent or not {"ring", "reference"} <= roles:
-            raise UserError(
-                f"{self.where(number)}: lacks {', '.join(absent) or 'ring or reference views'}; "
-                "render and pack it again"
-            )
-        return members, meta
-
-    def image(self, members: dict[str, bytes], view: dict[str, Any]) -> Tensor:
-        """(3, H, W) in [0, 1], on white."""
-        return composite(decode_image(members[view["file"]], self.image_size))
+            raise type(error)(f"{stored.members.where}: {error}") from None
+        item = {
+            "c2w": torch.tensor([view["c2w"] for view in views], dtype=torch.float32),
+            "reference_c2w": torch.tensor([view["c2w"] for view in references], dtype=torch.float32),
+            "key": stored.meta["uid"],
+        }
+        if self.manifest.kind == "latents":
+            return item | {"moments": stored.moments(views + references), "embeddings": stored.embedding(references[0])}
+        return item | {
+            "images": torch.stack([stored.image(view) for view in views]) * 2 - 1,
+            "references": torch.stack([stored.image(view) for view in references]),
+        }
 
 
 class RankPositions(Sampler[list[int]]):
@@ -181,13 +263,14 @@ class RankPositions(Sampler[list[int]]):
 
 
 def collate(items: list[dict[str, Any]]) -> Batch:
+    tensors = {
+        key: torch.stack([item[key] for item in items]) for key, value in items[0].items() if isinstance(value, Tensor)
+    }
     return Batch(
-        images=torch.stack([item["images"] for item in items]),
-        references=torch.stack([item["references"] for item in items]),
-        c2w=torch.stack([item["c2w"] for item in items]),
-        reference_c2w=torch.stack([item["reference_c2w"] for item in items]),
+        **tensors,
         positions=[item["position"] for item in items],
         keys=[item["key"] for item in items],
+        damaged={uid: reason for item in items for uid, reason in item["damaged"].items()},
     )
 
 

@@ -1,0 +1,392 @@
+"""Views into shards: in parallel, the same bytes for the same views, and never a shard twice.
+
+What is in the folder's manifest stays where it is: packing again adds what is new, in new shards.  A killed pack goes on
+from the shards that it had finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+from webdataset import TarWriter
+
+from data.files import UserError, atomic_file, read_json, write_json
+from data.processes import locked
+from data.progress import Progress
+from data.shards import FORMAT, KEY, MEMBERS, Cameras, Manifest, Shard, decode_image, mark, open_sample
+from data.shards import parse_manifest, read_meta, require_views
+from data.sources import ShardFolder
+
+
+@dataclass
+class Source:
+    """A views folder of one object, to be packed."""
+
+    folder: Path
+    mark: str  # changes when the object is rendered again
+    bytes: int
+    resolution: int
+
+
+@dataclass
+class Packed:
+    """A shard, and what of its objects the manifest tells."""
+
+    shard: Shard
+    cameras: Cameras
+
+
+def pack(views: Path, out: Path, shard_mb: float = 512, image_format: str = "png", processes: int = 0,
+         min_clip_score: float | None = None) -> Manifest:  # fmt: skip
+    """Adds every object of `views` that `out` does not hold yet to it, and replaces those rendered again.
+
+    shard_mb: a shard's size at most (a larger object has one of its own); image_format: "png" as rendered, or "webp",
+    lossless; processes: 0 for one a core; min_clip_score: objects below it in `views/scores.json` are left out.
+    The manifest is written last, so a killed pack leaves the former set of shards valid.
+    """
+    names = sorted(entry.name for entry in os.scandir(views) if not entry.name.startswith(".") and entry.is_dir())
+    folders = [views / name for name in names if (views / name / "meta.json").is_file()]
+    if not folders:
+        raise UserError(f"views={views} holds no <uid>/meta.json; render first with python data/render.py out={views}")
+    folders = above_score(views, folders, min_clip_score)
+    with locked(out):
+        former = former_manifest(out)
+        held = (
+            {}
+            if former is None
+            else {k: s for shard in former.shards for k, s in zip(shard.keys, shard.sources, strict=True)}
+        )
+        sources = [
+            source
+            for source in map(look_at, folders)
+            if held.get(source.folder.name) != f"{source.mark}.{image_format}"
+        ]
+        resolutions = {source.resolution for source in sources} | ({former.resolution} if former else set())
+        if len(resolutions) > 1:
+            raise UserError(
+                f"views={views} mixes resolutions {sorted(resolutions)}, or {out} has another; render with one "
+                "setting, or pack into another folder"
+            )
+        if not sources:
+            assert former is not None
+            return former
+        remove_temporary(out)
+        first = 1 + max((int(s.name[6:12]) for s in former.shards), default=-1) if former else 0
+        plan = divided(sources, int(shard_mb * 2**20))
+        packed = write_shards(out, plan, first, image_format, processes)
+        manifest = merged(former, packed, resolutions.pop())
+        write_manifest(out, manifest)
+        clean(out, manifest)
+    return manifest
+
+
+def above_score(views: Path, folders: list[Path], least: float | None) -> list[Path]:
+    if least is None:
+        return folders
+    scores = read_json(views / "scores.json", "min_clip_score needs data/score.py first")
+    if not isinstance(scores, dict) or not all(isinstance(score, int | float) for score in scores.values()):
+        raise UserError(f"{views}/scores.json is not {{uid: score}}; run python data/score.py views={views} again")
+    if absent := [folder.name for folder in folders if folder.name not in scores]:
+        raise UserError(f"{views}/scores.json lacks {absent[0]}; run python data/score.py views={views} again")
+    kept = [folder for folder in folders if scores[folder.name] >= least]
+    print(f"packing {len(kept)} of {len(folders)} objects: {len(folders) - len(kept)} score below {least}")
+    if not kept:
+        raise UserError(f"min_clip_score={least}: no object scores so high; the highest is {max(scores.values()):.3f}")
+    return kept
+
+
+def former_manifest(out: Path) -> Manifest | None:
+    if not (out / "manifest.json").is_file():
+        return None
+    manifest = parse_manifest(read_json(out / "manifest.json", "shards"), f"shards: {out}/manifest.json")
+    if manifest.kind != "views":
+        raise UserError(f"{out} holds {manifest.kind}, not views; pack into another folder")
+    return manifest
+
+
+def look_at(folder: Path) -> Source:
+    """UserError when the folder is not of one rendered object."""
+    try:
+        content = (folder / "meta.json").read_bytes()
+        meta = json.loads(content)
+        require_views(meta)
+        resolution = int(meta["resolution"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"views: {folder}/meta.json is damaged ({error!r}); delete the folder and render again"
+        ) from None
+    if meta["uid"] != folder.name or not KEY.fullmatch(folder.name):
+        raise UserError(f"views: {folder}/meta.json is of object {meta['uid']!r}; a folder bears its object's uid")
+    sizes = []
+    for name in files_of(meta):
+        if not MEMBERS.fullmatch(name) or not (folder / name).is_file():
+            raise UserError(f"views: {folder} lacks {name!r}; delete the folder and render again")
+        sizes.append((folder / name).stat().st_size)
+    return Source(folder, mark(content + json.dumps(sizes).encode()), sum(sizes) + len(content), resolution)
+
+
+def files_of(meta: dict[str, Any]) -> list[str]:
+    """The pictures of an object: its views, and their normals and depths where there are such."""
+    return [view[key] for view in meta["views"] for key in ("file", "normal", "depth") if view.get(key)]
+
+
+def divided(sources: list[Source], most: int) -> list[list[Source]]:
+    """Consecutive objects up to `most` bytes a shard."""
+    plan: list[list[Source]] = []
+    size = 0
+    for source in sources:
+        if not plan or size + source.bytes > most:
+            plan.append([])
+            size = 0
+        plan[-1].append(source)
+        size += source.bytes
+    return plan
+
+
+def write_shards(out: Path, plan: list[list[Source]], first: int, image_format: str, processes: int) -> list[Packed]:
+    """One task a shard.  A finished one leaves `.shard-NNNNNN.json` beside it until the manifest is there."""
+    tasks = [(out / f"shard-{first + i:06d}.tar", sources, image_format) for i, sources in enumerate(plan)]
+    done: dict[int, Packed] = {i: found for i, task in enumerate(tasks) if (found := finished(*task)) is not None}
+    objects = sum(len(sources) for sources in plan)
+    workers = min(processes or len(os.sched_getaffinity(0)), max(len(tasks) - len(done), 1))
+    start = sum(len(plan[i]) for i in done)
+    with Progress("packing", objects, "object", start) as progress:
+        # Fresh interpreters: forking one that has threads, as torch has, may hang.
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(write_shard, *task): i for i, task in enumerate(tasks) if i not in done}
+            try:
+                for future in as_completed(futures):
+                    done[futures[future]] = future.result()
+                    progress.update(len(plan[futures[future]]))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return [done[i] for i in range(len(tasks))]
+
+
+def task_mark(sources: list[Source], image_format: str) -> str:
+    return mark(json.dumps([image_format, *((s.folder.name, s.mark) for s in sources)]).encode())
+
+
+def sidecar(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.json")
+
+
+def finished(path: Path, sources: list[Source], image_format: str) -> Packed | None:
+    """What a killed pack had already written of exactly these objects."""
+    if not sidecar(path).is_file() or not path.is_file():
+        return None
+    try:
+        left = read_json(sidecar(path), "shards")
+        packed = Packed(Shard(**left["shard"]), Cameras(**left["cameras"]))
+    except (UserError, KeyError, TypeError):
+        return None
+    same = left.get("task") == task_mark(sources, image_format) and path.stat().st_size == packed.shard.bytes
+    return packed if same else None
+
+
+class HashingFile:
+    """Writes on, and keeps the SHA-256 and the length of what was written."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256, self.length = file, hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        self.length += len(content)
+        return self.file.write(content)
+
+    def tell(self) -> int:
+        return self.length
+
+
+def write_shard(path: Path, sources: list[Source], image_format: str) -> Packed:
+    """Times, owners and order are fixed, so that equal views give equal bytes."""
+    shard = Shard(path.name, 0, "", [], [], [], [], [])
+    metas = []
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        stream: Any = HashingFile(file)
+        writer = TarWriter(stream, user="isotropic3d", group="isotropic3d", mode=0o644, mtime=0, encoder=False)
+        for source in sources:
+            sample = sample_of(source, image_format)
+            offset = stream.length
+            writer.write(sample)
+            shard.keys.append(source.folder.name)
+            shard.offsets.append(offset)
+            shard.sizes.append(stream.length - offset)
+            shard.marks.append(mark(sample["json"]))
+            shard.sources.append(f"{source.mark}.{image_format}")
+            metas.append(json.loads(sample["json"]))
+        writer.close()
+        shard.bytes, shard.sha256 = stream.length, stream.sha256.hexdigest()
+    packed = Packed(shard, camera_ranges(metas))
+    write_json(sidecar(path), {"task": task_mark(sources, image_format), **asdict(packed)})
+    return packed
+
+
+def sample_of(source: Source, image_format: str) -> dict[str, Any]:
+    """What webdataset writes of one object.  Its .json gets the CRC-32 of every picture."""
+    meta = json.loads((source.folder / "meta.json").read_bytes())
+    sample: dict[str, Any] = {"__key__": meta["uid"]}
+    for view in meta["views"]:
+        crcs = {}
+        for key in ("file", "normal", "depth"):
+            if not view.get(key):
+                continue
+            content = (source.folder / view[key]).read_bytes()
+            if key == "file":  # decoded before it is packed, so that what training meets has been read once
+                content = checked_picture(source, view[key], content, image_format)
+                view[key] = f"{view[key][:3]}.{image_format}"
+            sample[view[key]] = content
+            crcs[view[key]] = zlib.crc32(content)
+        view["crc32"] = crcs
+    sample["json"] = json.dumps(meta, sort_keys=True).encode()
+    return sample
+
+
+def checked_picture(source: Source, name: str, content: bytes, image_format: str) -> bytes:
+    """The picture's bytes in `image_format`.  UserError when it is not one of the object's resolution."""
+    try:
+        pixels = decode_image(content, source.resolution, source.resolution)
+    except UserError as error:
+        raise UserError(f"views: {source.folder / name}: {error}; delete the folder and render again") from None
+    if name.endswith(f".{image_format}"):
+        return content
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, image_format, lossless=True, exact=True)
+    return buffer.getvalue()
+
+
+def camera_ranges(metas: list[dict[str, Any]]) -> Cameras:
+    """Lowest and highest value among the views trained on."""
+    ring = [view for meta in metas for view in meta["views"] if view["role"] == "ring"]
+    if not ring:
+        raise UserError(f"views: {metas[0]['uid']} and others have no view of role ring; render them again")
+    framing = [view["distance"] * float(np.tan(np.radians(view["fov_deg"]) / 2)) for view in ring]
+
+    def span(values: list[float]) -> tuple[float, float]:
+        return round(min(values), 4), round(max(values), 4)
+
+    return Cameras(span([v["elevation_deg"] for v in ring]), span([v["fov_deg"] for v in ring]), span(framing))
+
+
+def merged(former: Manifest | None, packed: list[Packed], resolution: int) -> Manifest:
+    """The former manifest with the new shards, and without the objects that these hold anew."""
+    new = {key for p in packed for key in p.shard.keys}
+    shards = []
+    for shard in former.shards if former else []:
+        rows = [
+            row
+            for row in zip(shard.keys, shard.offsets, shard.sizes, shard.marks, shard.sources, strict=True)
+            if row[0] not in new
+        ]
+        if rows:
+            shards.append(Shard(shard.name, shard.bytes, shard.sha256, *map(list, zip(*rows, strict=True))))  # type: ignore[arg-type]
+    ranges = [p.cameras for p in packed] + ([former.cameras] if former else [])
+
+    def span(name: str) -> tuple[float, float]:
+        return min(getattr(c, name)[0] for c in ranges), max(getattr(c, name)[1] for c in ranges)
+
+    cameras = Cameras(span("elevation_deg"), span("fov_deg"), span("framing"))
+    return Manifest(resolution, cameras, shards + [p.shard for p in packed])
+
+
+def write_manifest(out: Path, manifest: Manifest) -> None:
+    """Compact JSON, a line a shard."""
+    head = {key: value for key, value in asdict(manifest).items() if key != "shards"}
+    lines = ",\n".join(json.dumps(asdict(shard)) for shard in manifest.shards)
+    text = json.dumps({"format": FORMAT, **head})[:-1] + f', "shards": [\n{lines}\n]}}\n'
+    with atomic_file(out / "manifest.json") as temporary:
+        temporary.write_text(text)
+
+
+def remove_temporary(out: Path) -> None:
+    for left in out.glob(".shard-*.tmp.tar"):
+        left.unlink(missing_ok=True)
+
+
+def clean(out: Path, manifest: Manifest) -> None:
+    """Removes what the manifest does not need any more, after it is on the disk."""
+    names = {shard.name for shard in manifest.shards}
+    for path in out.glob("shard-*.tar"):
+        if path.name not in names:
+            path.unlink()
+    for path in out.glob(".shard-*.json"):
+        path.unlink()
+
+
+# --- reading all of it again ---
+
+
+def verify(location: str, decode: bool = False, processes: int = 0) -> list[str]:
+    """Reads every byte of the shards again: what is wrong, a line each, naming shard and object.
+
+    decode: also decodes every picture, which takes far longer than reading it.
+    """
+    from data.shards import read_manifest
+
+    manifest = read_manifest(location)
+    problems: list[str] = []
+    workers = min(processes or len(os.sched_getaffinity(0)), len(manifest.shards))
+    with Progress("verifying", manifest.count, "object") as progress:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(verify_shard, location, s, manifest.resolution, decode): s for s in manifest.shards}
+            for future in as_completed(futures):
+                problems += future.result()
+                progress.update(len(futures[future].keys), problems=str(len(problems)))
+    return sorted(problems)
+
+
+def verify_shard(location: str, shard: Shard, resolution: int, decode: bool) -> list[str]:
+    folder = ShardFolder(location)
+    where = folder.describe(shard.name)
+    size = folder.size(shard.name)
+    if size != shard.bytes:
+        return [f"{where}: is missing" if size is None else f"{where}: has {size} bytes, not {shard.bytes}"]
+    digest = hashlib.sha256()
+    for offset in range(0, shard.bytes, 2**24):
+        digest.update(folder.read(shard.name, offset, min(2**24, shard.bytes - offset), shard.sha256))
+    problems = [] if digest.hexdigest() == shard.sha256 else [f"{where}: SHA-256 is not the manifest's"]
+    if not problems and not decode:  # these are the bytes that were packed, and each picture was decoded then
+        return []
+    for number, key in enumerate(shard.keys):
+        try:
+            with open_sample(folder, shard, number) as members:
+                meta = read_meta(members, shard.marks[number])
+                for view in meta["views"]:
+                    for name, crc in view["crc32"].items():
+                        content = members.checked(name, crc)
+                        if decode and name == view["file"]:
+                            decode_image(content, resolution, resolution)
+        except UserError as error:
+            text = str(error)
+            problems.append(text if key in text else f"{where}, object {key}: {text}")
+    return problems
+
+
+def locate_samples(content: bytes) -> Iterable[tuple[str, int, int]]:
+    """(key, offset, bytes) of each sample of a tar."""
+    key, begin, end = "", 0, 0
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in tar:
+            owner = member.name.partition(".")[0]
+            if owner != key and key:
+                yield key, begin, end - begin
+            if owner != key:
+                key, begin = owner, member.offset
+            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    if key:
+        yield key, begin, end - begin
