@@ -87,9 +87,9 @@ def fit_patch_codec(images: Tensor, patch_size: int, latent_channels: int) -> Pa
     return codec
 
 
-def load_autoencoder(folder: str | Path) -> AutoencoderKL | PatchCodec:
+def load_autoencoder(folder: str | Path, variant: str | None = None) -> AutoencoderKL | PatchCodec:
     """The autoencoder in a diffusers folder, frozen, in fp32.  UserError when it is not one."""
-    return load_network(autoencoder_kind(folder), folder, "autoencoder").requires_grad_(False).eval()
+    return load_network(autoencoder_kind(folder), folder, "autoencoder", variant).requires_grad_(False).eval()
 
 
 def autoencoder_kind(folder: str | Path) -> Any:

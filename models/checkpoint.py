@@ -21,7 +21,7 @@ from data.cameras import CONVENTIONS
 from data.files import UserError, atomic_folder, read_json, write_json
 from models.autoencoder import load_autoencoder
 from models.folders import load_network
-from models.image_encoder import ClipImageEncoder, load_image_encoder_folder
+from models.image_encoder import ClipImageEncoder, embed_image, load_image_encoder_folder
 from models.lora import has_adapter, merge_adapter, save_adapter
 from models.multiview import CAMERA_FLOATS, MultiViewAttention, embedding_width
 
@@ -175,14 +175,14 @@ def read_info(folder: str | Path) -> ExportInfo:
     return ExportInfo(**content)
 
 
-def load_unet(folder: str | Path) -> UNet2DConditionModel:
+def load_unet(folder: str | Path, variant: str | None = None) -> UNet2DConditionModel:
     """A multi-view UNet from a diffusers folder, in fp32.  UserError for any other network."""
     config = read_json(Path(folder) / "config.json", "UNet")
     if not isinstance(config, dict) or config.get("_class_name") != "UNet2DConditionModel":
         raise UserError(f"UNet: {folder} does not hold a UNet2DConditionModel")
     if config.get("projection_class_embeddings_input_dim") != CAMERA_FLOATS:
         raise UserError(f"UNet: {folder} takes no camera of {CAMERA_FLOATS} floats: it is not a multi-view model")
-    unet: UNet2DConditionModel = load_network(UNet2DConditionModel, folder, "UNet")
+    unet: UNet2DConditionModel = load_network(UNet2DConditionModel, folder, "UNet", variant)
     unet.set_attn_processor(MultiViewAttention())
     return unet
 
@@ -206,36 +206,57 @@ def load_export(
         scheduler=scheduler,
         info=info,
     )
-    require_one_model(folder, model)
+    require_one_model(folder, model.unet, model.vae, model.image_encoder)
     return model.to(device, dtype)
 
 
 def load_scheduler(folder: Path) -> DDIMScheduler:
-    """UserError when it is none, or none that the UNet's predictions can be read with."""
+    """UserError when it is none, or none that the UNet's predictions can be read with.
+
+    Of another class than DDIM's, the noise schedule and what is predicted are taken.
+    """
+    saved = read_json(folder / "scheduler_config.json", "checkpoint's scheduler")
     try:
-        scheduler = DDIMScheduler.from_pretrained(folder, local_files_only=True)
-        kind, alphas = scheduler.config.prediction_type, scheduler.alphas_cumprod
-        if kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction_type={kind}")
-        if len(alphas) < 2 or not bool(torch.isfinite(alphas).all()) or not bool((alphas.diff() < 0).all()):
-            raise ValueError("its betas make no schedule of growing noise")
+        if saved["_class_name"] == "DDIMScheduler":
+            scheduler = DDIMScheduler.from_pretrained(folder, local_files_only=True)
+        elif (saved["beta_schedule"], saved["num_train_timesteps"]) != ("scaled_linear", 1000):
+            raise ValueError(f"a {saved['_class_name']} with beta_schedule={saved['beta_schedule']}")
+        else:
+            zero = bool(saved.get("rescale_betas_zero_snr"))
+            scheduler = make_scheduler(saved["prediction_type"], zero, saved["beta_start"], saved["beta_end"])
+        require_scheduler(scheduler)
     except Exception as error:  # damaged values make diffusers fail in any way
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"checkpoint: the scheduler in {folder} cannot be loaded: {reason}") from None
     return scheduler
 
 
-def require_one_model(folder: Path, model: MultiViewModel) -> None:
+def require_scheduler(scheduler: Any) -> None:
+    """ValueError when the UNet's predictions cannot be read with it."""
+    config, alphas = scheduler.config, scheduler.alphas_cumprod
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction_type={config.prediction_type} must be epsilon or v_prediction")
+    if config.get("clip_sample"):
+        raise ValueError("clip_sample=True would cut the latents off at 1")
+    if len(alphas) < 2 or not bool(torch.isfinite(alphas).all()) or not bool((alphas.diff() < 0).all()):
+        raise ValueError("its betas make no schedule of growing noise")
+
+
+def require_one_model(folder: Path, unet: Any, vae: Any, image_encoder: Any | None) -> None:
     """UserError when the parts are not of one model, or say what cannot be of themselves."""
-    unet, vae = model.unet.config, model.vae.config
     for part, key, value in (
-        ("unet", "sample_size", unet.sample_size), ("vae", "scaling_factor", vae["scaling_factor"]),
+        ("unet", "sample_size", unet.config.sample_size), ("vae", "scaling_factor", vae.config["scaling_factor"]),
     ):  # fmt: skip
         if not isinstance(value, int | float) or not 0 < value < 1e6 or (part == "unet" and value != int(value)):
             raise UserError(f"checkpoint {folder}: {key} in {part}/config.json is {value!r}; it must be positive")
-    for what, wanted, found in (
-        ("vae's latent channels", unet.in_channels, vae["latent_channels"]),
-        ("image_encoder's width", embedding_width(model.unet), model.image_encoder.width),
-    ):
+    pairs = [("vae's latent channels", unet.config.in_channels, vae.config["latent_channels"])]
+    if image_encoder is not None:
+        pairs.append(("image_encoder's width", embedding_width(unet), image_encoder.width))
+        try:
+            embed_image(image_encoder, torch.zeros(1, 3, 16, 16))
+        except Exception as error:  # preprocess_cfg is open_clip's, and damaged values fail in any way
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"checkpoint {folder}: its image_encoder embeds no picture: {reason}") from None
+    for what, wanted, found in pairs:
         if wanted != found:
             raise UserError(f"checkpoint {folder}: the {what} are {found} and its UNet wants {wanted}; export it again")

@@ -131,6 +131,11 @@ def original_settings(path: Path | None, head_dim: int | None) -> Settings:
             raise UserError(f"--config {path} is not an ldm configuration that can be read ({error!r})") from None
     if head_dim is not None:
         settings.head_dim = head_dim
+    if not 0 < settings.beta_start <= settings.beta_end < 1 or not settings.scaling_factor > 0:
+        raise UserError(
+            f"--config {path}: linear_start={settings.beta_start}, linear_end={settings.beta_end} and scale_factor="
+            f"{settings.scaling_factor} make no noise schedule or latents"
+        )
     if settings.head_dim < 1:
         raise UserError(f"{path}: num_head_channels={settings.head_dim} does not say the head size; give --head-dim")
     return settings
@@ -321,6 +326,8 @@ def refuse_gaps(source: Path, parts: list[Part], unexpected: list[str], allowed:
 
 def compare_schedule(source: Path, weights: Mapping[str, Any], settings: Settings) -> None:
     """UserError when the file's own noise schedule or latent scale is not the one that is going to be written."""
+    import torch
+
     from models.checkpoint import make_scheduler
 
     if "scale_factor" in weights and weights["scale_factor"].numel() == 1:
@@ -333,7 +340,9 @@ def compare_schedule(source: Path, weights: Mapping[str, Any], settings: Setting
     if "alphas_cumprod" in weights:
         ours = make_scheduler(settings.prediction_type, False, settings.beta_start, settings.beta_end).alphas_cumprod
         theirs = weights["alphas_cumprod"].float().reshape(-1)
-        if theirs.shape != ours.shape or float((theirs - ours).abs().max()) > 1e-5:
+        # The file may be in half precision, whose values in [0.5, 1) lie this far apart.
+        apart = max(torch.finfo(weights["alphas_cumprod"].dtype).eps, 1e-5)
+        if theirs.shape != ours.shape or not float((theirs - ours).abs().max()) <= apart:
             raise UserError(
                 f"{source}: its noise schedule is not SD 2.1's ({len(theirs)} steps, the last {float(theirs[-1]):.5f} "
                 f"and not {float(ours[-1]):.5f}); give the original YAML with --config"
@@ -349,10 +358,11 @@ def to_ldm(arguments: argparse.Namespace) -> None:
     if not (source / "unet" / "config.json").is_file():
         raise UserError(f"{source} is not a checkpoint folder of this project: it has no unet/config.json")
     scheduler = ldm_schedule(source)
+    notes = needed_settings(source, scheduler)
     tensors: dict[str, Any] = schedule_buffers(scheduler)
     rows = [("scheduler", len(tensors), "noise schedule")]
     for name, prefix in PREFIXES.items():
-        config = read_json(source / name / "config.json", name) if (source / name).is_dir() else {}
+        config = part_config(source, name)
         if config.get("_class_name") != PARTS[name]:
             if name in arguments.allow_missing:
                 continue
@@ -383,20 +393,32 @@ def to_ldm(arguments: argparse.Namespace) -> None:
     else:
         write_torch(arguments.out, tensors)
     print(f"wrote {arguments.out}")
-    for line in needed_settings(source, scheduler):
-        print(f"note: {line}")
+    for note in notes:
+        print(f"note: {note}")
+
+
+def part_config(folder: Path, name: str) -> dict[str, Any]:
+    """The config.json of a network; empty where the folder has none of that name."""
+    config = read_json(folder / name / "config.json", name) if (folder / name).is_dir() else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / name}/config.json is not a network's")
+    return config
 
 
 def ldm_schedule(folder: Path) -> dict[str, Any]:
     """The folder's scheduler_config.json.  UserError when ldm has no such schedule."""
+    from models.checkpoint import load_scheduler
+
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "scheduler")
-    if not isinstance(scheduler, dict):
-        raise UserError(f"{folder}/scheduler/scheduler_config.json is not a scheduler's")
-    if scheduler.get("rescale_betas_zero_snr") or scheduler.get("beta_schedule") != "scaled_linear":
-        raise UserError(
-            f"{folder}: its noise schedule (beta_schedule={scheduler.get('beta_schedule')}, rescale_betas_zero_snr="
-            f"{scheduler.get('rescale_betas_zero_snr')}) is not one that the released code knows"
-        )
+    load_scheduler(folder / "scheduler")
+    for key, only in (
+        ("rescale_betas_zero_snr", False), ("beta_schedule", "scaled_linear"), ("num_train_timesteps", 1000),
+        ("trained_betas", None),
+    ):  # fmt: skip
+        if scheduler.get(key, only) != only:
+            raise UserError(
+                f"{folder}: its noise schedule has {key}={scheduler[key]}, which the released code does not know"
+            )
     return scheduler
 
 
@@ -408,10 +430,30 @@ def needed_settings(folder: Path, scheduler: Mapping[str, Any]) -> list[str]:
         lines.append(f"its UNet reads cameras in the convention {info['camera']} (models/README.md, Cameras)")
     if scheduler.get("prediction_type", "epsilon") == "v_prediction":
         lines.append("it predicts v: its ldm YAML needs `parameterization: v` beside `linear_start`")
+    for part, key, name, usual in (
+        ("unet", "attention_head_dim", "num_head_channels", 64), ("vae", "scaling_factor", "scale_factor", 0.18215),
+    ):  # fmt: skip
+        config = part_config(folder, part)
+        value = head_size(folder, config) if part == "unet" else config.get(key, usual)
+        if value != usual:
+            lines.append(f"its ldm YAML needs `{name}: {value}`")
     for key, name, usual in (("beta_start", "linear_start", 0.00085), ("beta_end", "linear_end", 0.012)):
         if scheduler.get(key) != usual:
             lines.append(f"its ldm YAML needs `{name}: {scheduler.get(key)}`")
     return lines
+
+
+def head_size(folder: Path, config: Mapping[str, Any]) -> int:
+    """Channels of an attention head.  UserError when the levels that attend differ: ldm has one number for all."""
+    channels, heads, kinds = (config.get(k) for k in ("block_out_channels", "attention_head_dim", "down_block_types"))
+    heads = heads if isinstance(heads, list) else [heads] * len(channels or [])
+    attends = [*(kind != "DownBlock2D" for kind in (kinds or [])[:-1]), True]  # the middle block has the last level's
+    sizes = {c // h for c, h, attend in zip(channels or [], heads, attends, strict=True) if attend}
+    if len(sizes) != 1:
+        raise UserError(
+            f"{folder}/unet has heads of {sorted(sizes)} channels, and the released code knows only one size"
+        )
+    return sizes.pop()
 
 
 def unknown_to_ldm(config: Mapping[str, Any]) -> str | None:
@@ -423,8 +465,10 @@ def unknown_to_ldm(config: Mapping[str, Any]) -> str | None:
     for key, plain in plain_values:
         if config.get(key, plain) != plain and not is_clips_own(key, config[key]):
             return f"{key}={config[key]}"
-    tower = config.get("vision_cfg") or {}
-    if other := sorted(key for key, value in tower.items() if key not in PLAIN_VIT and value):
+    tower = config.get("vision_cfg", {})
+    if not isinstance(tower, Mapping):
+        return f"vision_cfg={tower}"
+    if other := sorted(k for k, value in tower.items() if value and (k not in PLAIN_VIT or isinstance(value, list))):
         return f"an image tower with {other[0]}={tower[other[0]]}"
     return None
 
@@ -436,7 +480,11 @@ def is_clips_own(key: str, value: Any) -> bool:
     if key != "preprocess_cfg" or not isinstance(value, Mapping):
         return False
     own = PreprocessCfg()
-    return all(list(value.get(key, getattr(own, key))) == list(getattr(own, key)) for key in ("mean", "std"))
+    return all(tuple_of(value.get(key, getattr(own, key))) == getattr(own, key) for key in ("mean", "std"))
+
+
+def tuple_of(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def require_whole(folder: Path, config: Mapping[str, Any], held: Mapping[str, Any], name: str) -> None:
@@ -444,7 +492,7 @@ def require_whole(folder: Path, config: Mapping[str, Any], held: Mapping[str, An
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
     try:
         expected = {key: tuple(t.shape) for key, t in empty(Part(name, arguments)).state_dict().items()}
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # damaged values fail in any way
         raise UserError(f"{folder}/config.json does not describe a {PARTS[name]} ({error})") from None
     found = {key: tuple(tensor.shape) for key, tensor in held.items()}
     if differing := sorted(set(expected.items()) ^ set(found.items())):

@@ -16,14 +16,20 @@ def class_name(folder: str | Path, what: str) -> str | None:
     return config.get("_class_name") if isinstance(config, dict) else None
 
 
-def load_network(kind: Any, folder: str | Path, what: str) -> Any:
+def load_network(kind: Any, folder: str | Path, what: str, variant: str | None = None) -> Any:
     """A diffusers model of class `kind`, in fp32, with every weight from the file.
 
+    variant: as diffusers', "fp16" for `diffusion_pytorch_model.fp16.safetensors`.
     diffusers leaves a weight that the file lacks random, and says so in a log line; here it is a UserError.
     """
     try:
         network, found = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            variant=variant,
         )
     except Exception as error:  # damaged values in config.json make diffusers and torch fail in any way
         reason = " ".join(str(error).split())[:300] or type(error).__name__

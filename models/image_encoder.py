@@ -240,7 +240,11 @@ def load_image_encoder_file(config: ImageEncoderConfig) -> ClipImageEncoder:
 
     path = Path(str(config.weights))
     tags = open_clip.list_pretrained_tags_by_model(config.arch)
-    if config.pretrained not in (*tags, "none") and open_clip.get_model_config(config.arch) is not None:
+    tag = config.pretrained.lower().replace("-", "_")  # as open_clip reads it
+    if (
+        tag not in (*(t.lower().replace("-", "_") for t in tags), "none")
+        and open_clip.get_model_config(config.arch) is not None
+    ):
         raise UserError(
             f"model.image_encoder.pretrained={config.pretrained} is not one of {config.arch}'s ({', '.join(tags)}): it "
             f"tells how the tower in {path} was trained (activation, mean and deviation of colours); give the tag that "
@@ -262,9 +266,9 @@ def load_image_encoder_file(config: ImageEncoderConfig) -> ClipImageEncoder:
     return encoder.requires_grad_(False).eval()
 
 
-def load_image_encoder_folder(folder: str | Path) -> ClipImageEncoder:
+def load_image_encoder_folder(folder: str | Path, variant: str | None = None) -> ClipImageEncoder:
     require_image_encoder(folder)
-    return load_network(ClipImageEncoder, folder, "image encoder").requires_grad_(False).eval()
+    return load_network(ClipImageEncoder, folder, "image encoder", variant).requires_grad_(False).eval()
 
 
 def with_choices(encoder: ClipImageEncoder, config: ImageEncoderConfig) -> ClipImageEncoder:

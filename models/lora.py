@@ -37,7 +37,13 @@ def add_adapter(unet: Any, config: LoraConfig) -> None:
     import peft
     import torch
 
-    for name, module in unet.named_modules():
+    modules = dict(unet.named_modules())
+    for target in config.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            raise UserError(
+                f"lora.targets={config.targets}: the UNet has no layer {target}; name such as to_q or ff.net.2"
+            )
+    for name, module in modules.items():
         named = any(name == target or name.endswith(f".{target}") for target in config.targets)
         if named and not isinstance(module, torch.nn.Linear):
             raise UserError(
@@ -71,14 +77,17 @@ def save_adapter(unet: Any, folder: Path) -> None:
 
 
 def base_mark(unet: Any) -> str:
-    """SHA-256 of the weights that the adapter is added to, in fp32 and in the network's order."""
+    """SHA-256 of the network's weights without the adapter's, in fp32 and in the network's order.
+
+    Without the layer of another embedding's width too, which trains beside an adapter.
+    """
     import torch
 
     from models.weights_file import to_bytes
 
     digest = hashlib.sha256()
     for name, parameter in unet.named_parameters():
-        if name.endswith(".base_layer.weight"):
+        if ".lora_" not in name and not name.startswith("encoder_hid_proj"):
             digest.update(to_bytes(parameter.detach().to("cpu", torch.float32)))
     return digest.hexdigest()
 
@@ -165,7 +174,7 @@ def main(config: MergeConfig) -> None:
     source = Path(config.checkpoint)
     read_info(source)
     size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
-    require_writable(Path(config.out).absolute().parent, needed_mb=size // 2**20 + 64)
+    require_writable(next(p for p in Path(config.out).absolute().parents if p.exists()), needed_mb=size // 2**20 + 64)
     unet = load_unet(source / "unet")
     load_adapter(unet, config.adapter)
     merge_adapter(unet)

@@ -16,17 +16,26 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
-from data.cameras import orbit_camera
+from data.cameras import CONVENTIONS, orbit_camera
 from data.files import UserError, atomic_file, read_json
-from models.autoencoder import decode_latents, downscale_of, load_autoencoder
-from models.checkpoint import ExportInfo, load_unet, read_info, write_info
-from models.image_encoder import embed_image, load_image_encoder_folder
+from models.autoencoder import PatchCodec, decode_latents, downscale_of, load_autoencoder
+from models.checkpoint import (
+    ExportInfo,
+    load_unet,
+    model_card,
+    read_info,
+    require_one_model,
+    require_scheduler,
+    write_info,
+)
+from models.image_encoder import ClipImageEncoder, embed_image, load_image_encoder_folder
 from models.multiview import MultiViewAttention, embedding_width
 from models.reference_image import picture_to_tensor
 from models.sampling import sample_latents
@@ -64,8 +73,17 @@ class MultiViewPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "image_encoder->unet->vae"
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012  the name and form that diffusers looks for
 
-    def __init__(self, unet: Any, vae: Any, image_encoder: Any, scheduler: SchedulerMixin, camera: str = "mvdream"):
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL | PatchCodec,
+        image_encoder: ClipImageEncoder | None,
+        scheduler: SchedulerMixin,
+        camera: str = "mvdream",
+    ):
         super().__init__()
+        if camera not in CONVENTIONS:
+            raise ValueError(f"camera={camera!r} must be one of {', '.join(CONVENTIONS)}")
         self.register_modules(unet=unet, vae=vae, image_encoder=image_encoder, scheduler=scheduler)
         self.register_to_config(camera=camera)
         unet.set_attn_processor(MultiViewAttention())
@@ -88,14 +106,23 @@ class MultiViewPipeline(DiffusionPipeline):
         for part, load in loaders.items():
             if part not in kwargs:
                 try:
-                    network = load(folder / part)
+                    network = load(folder / part, kwargs.get("variant"))
                 except UserError as error:  # also for weights that are missing, which diffusers leaves random
                     raise ValueError(str(error)) from None
-                kwargs[part] = network if dtype is None else torch.nn.Module.to(network, dtype)
+                wanted = dtype.get(part, dtype.get("default")) if isinstance(dtype, dict) else dtype
+                kwargs[part] = network if wanted is None else torch.nn.Module.to(network, wanted)
         pipe: MultiViewPipeline = super().from_pretrained(folder, **(kwargs | {"use_safetensors": True}))
+        try:
+            if pipe.unet is not None and pipe.vae is not None:
+                require_one_model(folder, pipe.unet, pipe.vae, pipe.image_encoder)
+            if hasattr(pipe.scheduler, "alphas_cumprod"):  # flow matching has none, and is refused when it draws
+                require_scheduler(pipe.scheduler)
+        except UserError as error:
+            raise ValueError(str(error)) from None
         if info is not None:
             pipe.info = info
-            pipe.register_to_config(camera=info.camera)
+            if "camera" not in kwargs:
+                pipe.register_to_config(camera=info.camera)
         return pipe
 
     def enable_group_offload(self, *args: Any, exclude_modules: str | list[str] | None = None, **kwargs: Any) -> None:
@@ -121,6 +148,8 @@ class MultiViewPipeline(DiffusionPipeline):
         images = [as_picture(one) for one in (image if several else [image])]
         if not images:
             raise ValueError("image is empty; give at least one picture")
+        if self.image_encoder is None:
+            raise ValueError("this model has no image encoder, as MVDream's weights have none; give image_embeds")
         device = self._execution_device
         return torch.cat([embed_image(self.image_encoder, picture[None].to(device)) for picture in images])
 
@@ -219,13 +248,16 @@ class MultiViewPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As diffusers', with what the rest of this project reads, and a model card where there is none."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        card = CARD
         if self.info is not None:
-            write_info(Path(save_directory), self.info)
-        card = Path(save_directory) / "README.md"
-        if not card.exists():
-            with atomic_file(card) as temporary:
-                temporary.write_text(CARD)
+            self.info.camera = self.config.camera
+            write_info(folder, self.info)
+            card = model_card(self.info, self.image_encoder is not None)
+        if not (folder / "README.md").exists():
+            with atomic_file(folder / "README.md") as temporary:
+                temporary.write_text(card)
+        super().save_pretrained(str(save_directory), *args, **kwargs)  # last, since it may upload the folder
 
 
 def read_index(folder: Path, name: str, given: dict[str, Any]) -> tuple[list[str], ExportInfo | None]:
@@ -267,7 +299,7 @@ def read_index(folder: Path, name: str, given: dict[str, Any]) -> tuple[list[str
 def as_picture(image: Any) -> Tensor:
     """PIL, (H, W, C) numpy or (C, H, W) torch -> (3, H, W) in [0, 1], alpha composited on white."""
     if isinstance(image, PIL.Image.Image):
-        return picture_to_tensor(image)
+        return picture_to_tensor(PIL.ImageOps.exif_transpose(image))
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(image).movedim(-1, 0) if image.ndim == 3 else image
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] not in (3, 4):

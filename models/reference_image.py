@@ -66,9 +66,14 @@ def has_alpha(picture: Image.Image) -> bool:
     return bool((np.asarray(picture.getchannel("A")) < 250).mean() > 1e-3)
 
 
+def on_white(picture: Image.Image) -> Image.Image:
+    """RGBA -> RGB."""
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
 def white_border(picture: Image.Image) -> bool:
     """Whether nearly all of the outermost pixels are nearly white."""
-    rgb = np.asarray(picture.convert("RGB")).min(axis=2)
+    rgb = np.asarray(on_white(picture)).min(axis=2)
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
     return bool((border >= 240).mean() > 0.9)
 
@@ -82,8 +87,8 @@ def cut_out(picture: Image.Image, model: str) -> Image.Image:
         session = matting_session(model)
         import rembg
 
-        mask: Any = rembg.remove(picture.convert("RGB"), session=session, only_mask=True)
-    except ImportError as error:
+        mask: Any = rembg.remove(on_white(picture), session=session, only_mask=True)
+    except (ImportError, SystemExit) as error:  # rembg ends the process when it finds no onnxruntime
         raise UserError(
             f"reference.matting=true needs rembg ({error}); pip install '.[matting]' in this repository, or give a "
             "picture with a transparent background"
@@ -132,7 +137,7 @@ def centred(picture: Image.Image, fill: float, path: str | Path = "the picture")
     if has_alpha(picture):
         solid = np.asarray(picture.getchannel("A")) > OPAQUE * 255
     else:
-        solid = np.asarray(picture.convert("RGB")).min(axis=2) < 240
+        solid = np.asarray(on_white(picture)).min(axis=2) < 240
     rows, columns = np.flatnonzero(solid.any(axis=1)), np.flatnonzero(solid.any(axis=0))
     if not len(rows):
         raise UserError(f"image {path} shows nothing but background, so there is nothing to centre")

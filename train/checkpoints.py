@@ -57,9 +57,8 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     ):  # fmt: skip
         if weights is not None:  # frozen weights come from there again when the run goes on
             path = Path(weights)
-            files[f"model.{part}.weights' file"] = (
-                path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
-            )
+            # By content: a folder may be mounted elsewhere the next time.
+            files[f"model.{part}.weights"] = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
     marks = {name: content_mark(path) for name, path in files.items() if path.is_file()}
 
     def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

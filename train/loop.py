@@ -21,7 +21,7 @@ from data.processes import die_with_parent, locked
 from data.progress import Progress
 from data.shards import Cameras
 from data.stream import Batch, ViewDataset, micro_batches
-from models.checkpoint import ExportInfo, MultiViewModel, save_export
+from models.checkpoint import ExportInfo, MultiViewModel, read_info, save_export
 from train.checkpoints import (
     STATE_BYTES,
     TrainState,
@@ -141,6 +141,8 @@ def set_up(config: TrainConfig) -> Run | None:
     if finished(config, folder):
         print_main(f"stage {config.stage}: {folder}/export is finished (step {config.steps}); nothing to do")
         return None
+    if config.init_from is not None:
+        read_info(config.init_from)
     if config.init_from is None and config.model.unet.weights is None and not config.model.unet.from_scratch:
         raise UserError(
             "model.unet.weights is not set: this stage starts from a multi-view UNet, such as MVDream's in diffusers' "

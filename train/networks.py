@@ -12,14 +12,16 @@ from open_clip.model import CLIPVisionCfg
 
 from data.files import UserError, read_json
 from models.autoencoder import downscale_of, load_autoencoder
-from models.checkpoint import load_unet, make_scheduler, read_info
+from models.checkpoint import load_scheduler, load_unet, make_scheduler, read_info
 from models.config import ModelConfig
+from models.folders import empty_network
 from models.image_encoder import ClipImageEncoder, load_image_encoder
 from models.multiview import build_unet, embedding_layer
 from models.weights_file import read_weights
 from train.config import TrainConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+READING = ("tokens", "preprocess", "quick_gelu", "embed_dim", "scaling_factor", "shift_factor")
 
 
 def scheduler_of(model: ModelConfig) -> DDIMScheduler:
@@ -46,7 +48,7 @@ def require_fitting_parts(config: TrainConfig, vae: Any, image_encoder: Any) -> 
         ("model.autoencoder.downscale", described.downscale, downscale_of(vae)),
     ):
         if said != found:
-            raise UserError(f"{key}={said}, but the loaded network's is {found}; set {key}={found}, or load another")
+            raise UserError(f"{key}={said}, but the autoencoder's is {found}; set {key}={found}, or give another")
     unet, width = config.model.unet, image_encoder.width
     if (unet.embedding_dim or unet.cross_attention_dim) != width:
         key = "cross_attention_dim" if unet.embedding_dim is None else "embedding_dim"
@@ -80,30 +82,34 @@ def require_same_parts(config: TrainConfig, vae: Any, image_encoder: Any) -> Non
 
 
 def reading_difference(folder: Path, network: Any) -> str | None:
-    """The first difference of what the weights' shapes do not show, in words."""
-    saved = read_json(folder / "config.json", "checkpoint")
-    pairs = [
-        (key, saved.get(key, plain), network.config.get(key, plain))
-        for key, plain in (("tokens", "pooled"), ("preprocess", "released"), ("quick_gelu", False))
-    ]
-    if isinstance(network, ClipImageEncoder):
-        try:
-            theirs = CLIPVisionCfg(**saved["vision_cfg"]).head_width
-        except (KeyError, TypeError) as error:
-            raise UserError(f"checkpoint: {folder}/config.json does not describe an image encoder ({error})") from None
-        pairs.append(("head_width", theirs, CLIPVisionCfg(**network.config.vision_cfg).head_width))
-        norm = saved.get("preprocess_cfg") or {}
-        pairs += [
-            (f"preprocess_cfg.{key}", list(norm[key]), list(getattr(network.preprocess_cfg, key)))
-            for key in ("mean", "std")
-            if key in norm
-        ]
-    else:
-        pairs += [(key, saved.get(key), network.config.get(key)) for key in ("scaling_factor", "shift_factor")]
+    """The first difference of what the weights do not show, in words."""
+    try:
+        other = empty_network(type(network), folder, "checkpoint")
+        pairs = [(key, other.config.get(key), network.config.get(key)) for key in READING if key in network.config]
+        if isinstance(network, ClipImageEncoder):
+            pairs += tower_pairs(other, network)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"checkpoint: {folder}/config.json is damaged ({error})") from None
     for key, theirs, ours in pairs:
         if theirs != ours:
             return f"{key}={theirs} there and {ours} here"
     return None
+
+
+def tower_pairs(theirs: ClipImageEncoder, ours: ClipImageEncoder) -> list[tuple[str, Any, Any]]:
+    """(what, theirs, ours) of two towers' architecture and preprocessing, as far as it is used."""
+    used = ("mean", "std") if ours.config.preprocess == "released" else tuple(vars(ours.preprocess_cfg))
+    pairs = [
+        (f"preprocess_cfg.{key}", *(list_of(getattr(tower.preprocess_cfg, key)) for tower in (theirs, ours)))
+        for key in used
+    ]
+    configs = [vars(CLIPVisionCfg(**tower.config.vision_cfg)) for tower in (theirs, ours)]
+    fetched = ("timm_model_pretrained", "output_tokens")  # replaced when the tower is built
+    return pairs + [(f"vision_cfg.{key}", *(c[key] for c in configs)) for key in configs[0] if key not in fetched]
+
+
+def list_of(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def weights_difference(path: Path, network: Any) -> str | None:
@@ -179,8 +185,6 @@ def unet_to_start_from(config: TrainConfig) -> Any:
 def differences_of_training(model: ModelConfig, folder: Path) -> list[tuple[str, Any, Any]]:
     """(key, the checkpoint's value, the configuration's) where its UNet was trained with other cameras or noise."""
     info, schedule = read_info(folder), read_json(folder / "scheduler" / "scheduler_config.json", "checkpoint")
-    if not isinstance(schedule, dict):
-        raise UserError(f"checkpoint {folder}: scheduler_config.json is not a scheduler's")
     rows = [
         ("model.camera", info.camera, model.camera),
         ("model.prediction_type", schedule.get("prediction_type", "epsilon"), model.prediction_type),
@@ -188,6 +192,7 @@ def differences_of_training(model: ModelConfig, folder: Path) -> list[tuple[str,
         ("model.beta_start", schedule.get("beta_start"), model.beta_start),
         ("model.beta_end", schedule.get("beta_end"), model.beta_end),
     ]
+    load_scheduler(folder / "scheduler")
     for key, only in (("beta_schedule", "scaled_linear"), ("num_train_timesteps", 1000)):
         if schedule.get(key) != only:
             raise UserError(f"checkpoint {folder}: its scheduler has {key}={schedule.get(key)}; training knows {only}")

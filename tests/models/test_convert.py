@@ -393,7 +393,7 @@ def test_incomplete_and_foreign_folders_do_not_become_ldm_checkpoints(folder: Pa
         assert done.returncode == 2 and words in done.stderr and not (tmp_path / "out.ckpt").exists(), done.stderr
     make_scheduler("v_prediction", True).save_pretrained(copy / "scheduler")
     done = convert("--to-ldm", copy, tmp_path / "out.ckpt")
-    assert done.returncode == 2 and "is not one that the released code knows" in done.stderr
+    assert done.returncode == 2 and "which the released code does not know" in done.stderr
 
 
 def test_heads_and_schedule_come_from_the_original_yaml(tmp_path: Path) -> None:
@@ -409,7 +409,8 @@ def test_heads_and_schedule_come_from_the_original_yaml(tmp_path: Path) -> None:
     assert scheduler["beta_start"] == 0.001 and scheduler["prediction_type"] == "v_prediction"
     back = convert("--to-ldm", tmp_path / "out", tmp_path / "back.ckpt", "--allow-missing", "image_encoder")
     assert back.returncode == 0, back.stderr
-    for line in ("the convention mvdream", "`parameterization: v`", "`linear_start: 0.001`"):
+    notes = ("the convention mvdream", "`parameterization: v`", "`linear_start: 0.001`", "`num_head_channels: 16`")
+    for line in notes:
         assert line in back.stdout
     (tmp_path / "steps.yaml").write_text(text.replace("parameterization: v", "timesteps: 500"))
     done = convert(source, tmp_path / "new/deep/out", "--config", tmp_path / "steps.yaml")
@@ -417,6 +418,45 @@ def test_heads_and_schedule_come_from_the_original_yaml(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("model: [")
     done = convert(tmp_path / "mvdream.pt", tmp_path / "out2", "--config", tmp_path / "bad.yaml")
     assert done.returncode == 2 and "is not an ldm configuration" in done.stderr
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision(tmp_path: Path, kind: torch.dtype) -> None:
+    """As many released files are; their noise schedule is rounded too, and still that of SD."""
+    tensors = released_checkpoint() | schedule_buffers(
+        {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
+    )
+    torch.save({name: tensor.to(kind) for name, tensor in tensors.items()}, tmp_path / "half.pt")
+    done = convert(tmp_path / "half.pt", tmp_path / "out", "--head-dim", 32, "--allow-missing", "image_encoder")
+    assert done.returncode == 0, done.stderr
+    assert load_unet(tmp_path / "out" / "unet").conv_in.weight.dtype == torch.float32
+    tensors["alphas_cumprod"] = torch.full((1000,), torch.nan)
+    torch.save(tensors, tmp_path / "nan.pt")
+    done = convert(tmp_path / "nan.pt", tmp_path / "out2", "--head-dim", 32, "--allow-missing", "image_encoder")
+    assert done.returncode == 2 and "its noise schedule is not SD 2.1's" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "words"),
+    [
+        ("image_encoder", "vision_cfg", [1], "vision_cfg="), ("image_encoder", "vision_cfg", "x", "vision_cfg="),
+        ("image_encoder", "preprocess_cfg", {"mean": 0.5}, "preprocess_cfg="),
+        ("unet", "act_fn", 3, "does not describe"),
+        ("unet", "attention_head_dim", [1, 1, 1, 1], "heads of [32, 64, 128] channels"),
+        ("scheduler", "beta_start", "x", "cannot be loaded"), ("scheduler", "beta_start", -0.1, "cannot be loaded"),
+        ("scheduler", "num_train_timesteps", 500, "num_train_timesteps=500"),
+        ("scheduler", "prediction_type", "sample", "prediction_type=sample"),
+    ],
+)  # fmt: skip
+def test_damaged_configurations_do_not_become_ldm(
+    folder: Path, tmp_path: Path, capsys, part, key, value, words
+) -> None:
+    shutil.copytree(folder, tmp_path / "in")
+    path = tmp_path / "in" / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(SystemExit):
+        main(["--to-ldm", str(tmp_path / "in"), str(tmp_path / "out.ckpt")])
+    assert words in capsys.readouterr().err and not (tmp_path / "out.ckpt").exists()
 
 
 def test_safetensors_are_written_as_the_library_reads_them(tmp_path: Path) -> None:

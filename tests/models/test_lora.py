@@ -147,3 +147,24 @@ def test_foreign_adapters(tmp_path: Path, monkeypatch) -> None:
 def test_targets_that_are_not_there() -> None:
     with pytest.raises(UserError, match=r"lora\.targets=\['nowhere'\]"):
         add_adapter(small_model().unet, LoraConfig(targets=["nowhere"]))
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [(["to_q", "nowhere"], "the UNet has no layer nowhere"), (["conv_in"], "conv_in is a Conv2d")],
+)
+def test_targets_that_cannot_be(targets: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        add_adapter(small_model().unet, LoraConfig(targets=targets))
+
+
+def test_an_adapter_beside_other_weights_is_told(tmp_path: Path, capsys) -> None:
+    unet = small_model().unet
+    trained_adapter(unet, LoraConfig(rank=2))
+    save_adapter(unet, tmp_path)
+    load_adapter(small_model().unet, tmp_path)
+    assert capsys.readouterr().out == ""
+    other = small_model().unet
+    other.conv_in.weight.data[0, 0, 0, 0] += 1
+    load_adapter(other, tmp_path)
+    assert "was trained beside other weights" in capsys.readouterr().out

@@ -118,6 +118,8 @@ def test_without_an_image_encoder(folder: Path, pipe: MultiViewPipeline, tmp_pat
     given = MultiViewPipeline.from_pretrained(tmp_path / "export", image_encoder=pipe.image_encoder)
     assert torch.equal(given(picture(), generator=seeded(), **arguments).images, expected)
     alone = MultiViewPipeline.from_pretrained(tmp_path / "export")
+    with pytest.raises(ValueError, match=r"has no image encoder.*give image_embeds"):
+        alone(picture())
     embeds = pipe.encode_image(picture())
     assert torch.equal(alone(image_embeds=embeds, generator=seeded(), **arguments).images, expected)
 
@@ -145,6 +147,39 @@ def test_saved_and_loaded_it_draws_the_same(folder: Path, pipe: MultiViewPipelin
     )
     assert first.shape == (1, 4, 32, 32, 3) and np.array_equal(first, second)
     assert load_export(tmp_path / "saved").info == load_export(folder).info
+
+
+def test_saved_otherwise(folder: Path, pipe: MultiViewPipeline, tmp_path: Path) -> None:
+    """Other cameras, half precision's own files, and a pipeline made of another's parts."""
+    other = MultiViewPipeline.from_pretrained(folder, camera="isotropic3d_released_sds")
+    other.save_pretrained(tmp_path / "saved", variant="fp16")
+    again = MultiViewPipeline.from_pretrained(tmp_path / "saved", variant="fp16", torch_dtype={"unet": torch.float16})
+    assert again.config.camera == "isotropic3d_released_sds" and again.unet.dtype == torch.float16
+    assert again.vae.dtype == torch.float32
+    assert MultiViewPipeline.from_pipe(pipe).unet is pipe.unet
+    with pytest.raises(ValueError, match="camera='nonsense' must be one of"):
+        MultiViewPipeline.from_pretrained(folder, camera="nonsense")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "euler")
+    scheduler = load_export(tmp_path / "euler").scheduler  # ours has no use for other classes but their noise
+    assert not scheduler.config.clip_sample and scheduler.config.rescale_betas_zero_snr
+    assert torch.equal(scheduler.alphas_cumprod, load_export(folder).scheduler.alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "words"),
+    [
+        ("unet", "sample_size", None, "sample_size"), ("vae", "scaling_factor", 0, "scaling_factor"),
+        ("scheduler", "prediction_type", "sample", "prediction_type=sample"),
+        ("image_encoder", "preprocess_cfg", {"mean": [0.5, 0.5]}, "embeds no picture"),
+    ],
+)  # fmt: skip
+def test_damaged_configurations(folder: Path, tmp_path: Path, part: str, key: str, value, words: str) -> None:
+    shutil.copytree(folder, tmp_path / "export")
+    path = tmp_path / "export" / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=words):
+        MultiViewPipeline.from_pretrained(tmp_path / "export")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])

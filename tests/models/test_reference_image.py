@@ -12,7 +12,7 @@ from PIL import Image
 from conf.cli import ConfigError
 from data.files import UserError
 from models.config import ReferenceConfig
-from models.reference_image import cut_out, load_reference_image
+from models.reference_image import centred, cut_out, has_alpha, load_reference_image
 
 
 def test_reference_is_composited_on_white(tmp_path) -> None:
@@ -122,3 +122,12 @@ def test_cutting_out_without_what_it_needs(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "rembg", None)  # as where the extra is not installed
     with pytest.raises(UserError, match=r"pip install '\.\[matting\]'"):
         cut_out(picture, "u2net")
+
+
+def test_a_stray_transparent_pixel_hides_nothing() -> None:
+    """Its hidden colour is not the picture's: an object of 40 pixels stays all there is to centre."""
+    picture = Image.new("RGBA", (200, 200), "white")
+    picture.paste((200, 30, 30, 255), (20, 20, 60, 60))
+    picture.putpixel((199, 199), (0, 0, 0, 0))
+    assert not has_alpha(picture)
+    assert centred(picture, 0.8).size == (50, 50)

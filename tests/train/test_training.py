@@ -225,6 +225,7 @@ def test_stage_2_starts_from_stage_1(quiet, tiny, tmp_path) -> None:
         (["init_from=null", "model.unet.from_scratch=false"], "model.unet.weights is not set"),
         (["model.unet.heads=[2,4]"], "has [1, 2] attention heads and model.unet.heads=[2, 4]"),
         (["init_from=/nowhere"], "checkpoint /nowhere is not a folder"),
+        (["init_from={tiny}/..", "model.autoencoder.weights=null"], "has no isotropic3d.json"),
         (["model.autoencoder.weights={tiny}/parts/image_encoder"], "it must be one of AutoencoderKL, PatchCodec"),
         (["data.shards={tiny}/views"], "has no manifest.json"),
         (["data.num_views=3"], "no 3 equally spaced"),
