@@ -1,4 +1,4 @@
-"""Views to shards: `python data/pack.py views=... out=...`; `python data/pack.py --verify out=...` reads them all again.
+"""Views to shards: `python data/pack.py views=... out=...`; with `--verify out=...` it reads them all again.
 
 Packing again adds what is new or rendered again, in new shards; packing unchanged views changes nothing.
 """

@@ -1,7 +1,7 @@
 """Views into shards: in parallel, the same bytes for the same views, and never a shard twice.
 
-What is in the folder's manifest stays where it is: packing again adds what is new, in new shards.  A killed pack goes on
-from the shards that it had finished.
+What is in the folder's manifest stays where it is: packing again adds what is new, in new shards.  A killed pack goes
+on from the shards that it had finished.
 """
 
 from __future__ import annotations
@@ -10,25 +10,41 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
 from data.files import UserError, atomic_file, read_json, write_json
-from data.processes import locked
+from data.processes import die_with_parent, locked
 from data.progress import Progress
-from data.shards import FORMAT, KEY, MEMBERS, Cameras, Manifest, Shard, decode_image, mark, open_sample
-from data.shards import parse_manifest, read_meta, require_views
+from data.shards import (
+    FORMAT,
+    KEY,
+    MEMBERS,
+    Cameras,
+    Manifest,
+    Shard,
+    decode_image,
+    mark,
+    open_sample,
+    parse_manifest,
+    read_meta,
+    require_views,
+)
 from data.sources import ShardFolder
+
+T = TypeVar("T")
+NUMBERED = re.compile(r"shard-(\d+)\.tar")
 
 
 @dataclass
@@ -84,12 +100,12 @@ def pack(views: Path, out: Path, shard_mb: float = 512, image_format: str = "png
             assert former is not None
             return former
         remove_temporary(out)
-        first = 1 + max((int(s.name[6:12]) for s in former.shards), default=-1) if former else 0
+        first = first_number(out)
         plan = divided(sources, int(shard_mb * 2**20))
         packed = write_shards(out, plan, first, image_format, processes)
         manifest = merged(former, packed, resolutions.pop())
         write_manifest(out, manifest)
-        clean(out, manifest)
+        clean(out, former, manifest, first)
     return manifest
 
 
@@ -161,20 +177,32 @@ def write_shards(out: Path, plan: list[list[Source]], first: int, image_format: 
     tasks = [(out / f"shard-{first + i:06d}.tar", sources, image_format) for i, sources in enumerate(plan)]
     done: dict[int, Packed] = {i: found for i, task in enumerate(tasks) if (found := finished(*task)) is not None}
     objects = sum(len(sources) for sources in plan)
-    workers = min(processes or len(os.sched_getaffinity(0)), max(len(tasks) - len(done), 1))
     start = sum(len(plan[i]) for i in done)
+    open_tasks = [i for i in range(len(tasks)) if i not in done]
     with Progress("packing", objects, "object", start) as progress:
-        # Fresh interpreters: forking one that has threads, as torch has, may hang.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(write_shard, *task): i for i, task in enumerate(tasks) if i not in done}
-            try:
-                for future in as_completed(futures):
-                    done[futures[future]] = future.result()
-                    progress.update(len(plan[futures[future]]))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        for number, packed in parallel(write_shard, {i: tasks[i] for i in open_tasks}, processes):
+            done[number] = packed
+            progress.update(len(plan[number]))
     return [done[i] for i in range(len(tasks))]
+
+
+def parallel(work: Callable[..., T], tasks: dict[int, tuple[Any, ...]], processes: int) -> Iterator[tuple[int, T]]:
+    """(number, work(*arguments)) of each task as it is done.  processes: 0 for one a core.
+
+    Fresh interpreters, since forking one that has threads, as torch has, may hang; they end with this one.
+    """
+    workers = min(processes or len(os.sched_getaffinity(0)), len(tasks))
+    if workers <= 1:
+        yield from ((number, work(*arguments)) for number, arguments in tasks.items())
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=die_with_parent) as pool:
+        futures = {pool.submit(work, *arguments): number for number, arguments in tasks.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def task_mark(sources: list[Source], image_format: str) -> str:
@@ -222,11 +250,11 @@ def write_shard(path: Path, sources: list[Source], image_format: str) -> Packed:
         writer = TarWriter(stream, user="isotropic3d", group="isotropic3d", mode=0o644, mtime=0, encoder=False)
         for source in sources:
             sample = sample_of(source, image_format)
-            offset = stream.length
+            offset = writer.tarstream.offset  # the stream below it is written block by block
             writer.write(sample)
             shard.keys.append(source.folder.name)
             shard.offsets.append(offset)
-            shard.sizes.append(stream.length - offset)
+            shard.sizes.append(writer.tarstream.offset - offset)
             shard.marks.append(mark(sample["json"]))
             shard.sources.append(f"{source.mark}.{image_format}")
             metas.append(json.loads(sample["json"]))
@@ -318,14 +346,28 @@ def remove_temporary(out: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def clean(out: Path, manifest: Manifest) -> None:
-    """Removes what the manifest does not need any more, after it is on the disk."""
-    names = {shard.name for shard in manifest.shards}
-    for path in out.glob("shard-*.tar"):
-        if path.name not in names:
-            path.unlink()
+def first_number(out: Path) -> int:
+    """Of the shards to write: beyond all that are there.  A killed pack's stays, and all from it on are its own."""
+    marker = out / ".packing.json"
+    if not marker.is_file():
+        numbers = [int(match[1]) for p in out.glob("shard-*.tar") if (match := NUMBERED.fullmatch(p.name))]
+        write_json(marker, {"first": max(numbers, default=-1) + 1})
+    content = read_json(marker, "shards")
+    if not isinstance(content, dict) or not isinstance(content.get("first"), int):
+        raise UserError(f"{marker} is damaged; remove it and the shards that are not in {out}/manifest.json")
+    return int(content["first"])
+
+
+def clean(out: Path, former: Manifest | None, manifest: Manifest, first: int) -> None:
+    """Removes what no manifest needs any more, after the new one is on the disk; nothing that we have not written."""
+    kept = {shard.name for shard in manifest.shards}
+    ours = {shard.name for shard in former.shards} if former else set()
+    ours |= {p.name for p in out.glob("shard-*.tar") if NUMBERED.fullmatch(p.name) and int(p.stem[6:]) >= first}
+    for name in ours - kept:
+        (out / name).unlink(missing_ok=True)
     for path in out.glob(".shard-*.json"):
         path.unlink()
+    (out / ".packing.json").unlink()
 
 
 # --- reading all of it again ---
@@ -340,13 +382,11 @@ def verify(location: str, decode: bool = False, processes: int = 0) -> list[str]
 
     manifest = read_manifest(location)
     problems: list[str] = []
-    workers = min(processes or len(os.sched_getaffinity(0)), len(manifest.shards))
+    tasks = {i: (location, shard, manifest.resolution, decode) for i, shard in enumerate(manifest.shards)}
     with Progress("verifying", manifest.count, "object") as progress:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(verify_shard, location, s, manifest.resolution, decode): s for s in manifest.shards}
-            for future in as_completed(futures):
-                problems += future.result()
-                progress.update(len(futures[future].keys), problems=str(len(problems)))
+        for number, found in parallel(verify_shard, tasks, processes):
+            problems += found
+            progress.update(len(manifest.shards[number].keys), problems=str(len(problems)))
     return sorted(problems)
 
 

@@ -207,7 +207,7 @@ def content_reader(content: bytes) -> Callable[[int, int], bytes]:
 
 
 def walk(read: Callable[[int, int], bytes], size: int, key: str, where: str) -> dict[str, tuple[int, int]]:
-    """suffix -> (offset, size) of its content, from the headers alone.  read(offset, count) gives bytes of the sample."""
+    """suffix -> (offset, size) of its content, from the headers alone.  read(offset, count) gives its bytes."""
     places: dict[str, tuple[int, int]] = {}
     position = 0
     while position < size:

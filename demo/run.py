@@ -76,7 +76,7 @@ def steps(config: DemoConfig, source: Path) -> list[Step]:
         ),
         Step(
             "pack",
-            [*PYTHON, "data/pack.py", "objects_per_shard=3", f"views={out}/views", f"out={shards}", *config.pack],
+            [*PYTHON, "data/pack.py", "shard_mb=2", f"views={out}/views", f"out={shards}", *config.pack],
             Path(shards),
         ),
         Step("small", [*PYTHON, "models/small.py", f"shards={shards}", f"out={parts}", *config.small], Path(parts)),

@@ -46,14 +46,14 @@ def main(config: SmallConfig) -> None:
     require_writable(out)
     dataset = ViewDataset(config.shards, config.image_size, 1, config.seed)
     views, references, objects = [], [], []
-    count = min(config.max_objects, len(dataset.index))
+    count = min(config.max_objects, len(dataset))
     with Progress("reading", count, "object") as progress:
         for number in range(count):
-            members, meta = dataset.read(number)
-            ring = [(view, dataset.image(members, view)) for view in views_of(meta, "ring")]
+            with dataset.open(number) as stored:
+                ring = [(view, stored.image(view)) for view in views_of(stored.meta, "ring")]
+                # References are front views, and so is half of each ring.
+                shown = [stored.image(view) for view in views_of(stored.meta, "reference")]
             views += [image for _, image in ring]
-            # References are front views, and so is half of each ring.
-            shown = [dataset.image(members, view) for view in views_of(meta, "reference")]
             shown += [image for view, image in ring if torch.deg2rad(torch.tensor(view["azimuth_deg"])).cos() >= 0]
             references += shown
             objects += [number] * len(shown)

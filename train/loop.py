@@ -152,7 +152,7 @@ def set_up(config: TrainConfig) -> Run | None:
     references = config.model.ema.references if config.objective.reference_probability > 0 else 1
     dataset = ViewDataset(config.data.shards, config.data.image_size, config.data.num_views, config.seed, references)
     _ = dataset[0]  # so that views that do not fit are named before anything is built
-    print_main(f"stage {config.stage}: {len(dataset.index)} objects; loading the networks")
+    print_main(f"stage {config.stage}: {len(dataset)} objects; loading the networks")
     vae, image_encoder = frozen_parts(config)
     unet = initial_unet(config)
     choose_trainable(unet, config)

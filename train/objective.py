@@ -77,6 +77,26 @@ def snr_weight(alphas_cumprod: Tensor, gamma: float | None, prediction_type: str
     return snr.clamp(max=gamma) / divisor.clamp(min=1e-8)
 
 
+def encode_batch(vae: Any, batch: Batch, noise: Tensor) -> Tensor:
+    """Scaled latents of the views and of as many references as `noise` (B, V + R, C, h, w) is for, drawn with it."""
+    (b, count), device = noise.shape[:2], noise.device
+    if batch.moments is not None:  # encoded ahead
+        mean, log_variance = batch.moments[:, :count].to(device).chunk(2, dim=2)
+        return (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise) * vae.config["scaling_factor"]
+    assert batch.images is not None and batch.references is not None
+    views = batch.images.shape[1]
+    pictures = torch.cat([batch.images, batch.references[:, : count - views] * 2 - 1], dim=1).to(device)
+    return encode_images(vae, pictures.flatten(0, 1), noise=noise.flatten(0, 1)).unflatten(0, (b, count))
+
+
+def embed_batch(image_encoder: ClipImageEncoder, batch: Batch, device: torch.device) -> Tensor:
+    """Context (B, T, D) of each object's first reference."""
+    if batch.embeddings is not None:
+        return batch.embeddings.to(device)
+    assert batch.references is not None
+    return embed_image(image_encoder, batch.references[:, 0].to(device))
+
+
 def training_loss(
     unet: Any,
     encoders: Encoders,
@@ -89,15 +109,15 @@ def training_loss(
     seed: int,
 ) -> Tensor:
     """Loss of each object, (B,), in float32.  The references' prediction is cut off before it."""
-    (b, v), r = batch.images.shape[:2], batch.references.shape[1]
+    (b, v), r = batch.c2w.shape[:2], batch.reference_c2w.shape[1]
     device = next(unet.parameters()).device
     with torch.no_grad():
         draws = draw(config, seed, batch.positions, (v, *latent_shape), scheduler.config.num_train_timesteps, r)
         timesteps, noise, posterior = draws.timesteps.to(device), draws.noise.to(device), draws.posterior.to(device)
-        latents = encode_images(
-            encoders.vae, batch.images.flatten(0, 1).to(device), noise=posterior[:, :v].flatten(0, 1)
-        ).unflatten(0, (b, v))
-        context = embed_image(encoders.image_encoder, batch.references[:, 0].to(device))
+        with_references = r if branch == REFERENCE else 0
+        encoded = encode_batch(encoders.vae, batch, posterior[:, : v + with_references])
+        latents, references = encoded.split([v, with_references], dim=1)
+        context = embed_batch(encoders.image_encoder, batch, device)
         context = context * (~draws.drop.to(device))[:, None, None]  # unconditional = zeros, as in the released code
         per_view = timesteps.repeat_interleave(v)
         noisy = scheduler.add_noise(latents.flatten(0, 1), noise.flatten(0, 1), per_view).unflatten(0, (b, v))
@@ -107,9 +127,6 @@ def training_loss(
             target = scheduler.get_velocity(latents.flatten(0, 1), noise.flatten(0, 1), per_view).unflatten(0, (b, v))
         camera = camera_conditioning(batch.c2w.to(device), model.camera)
         if branch == REFERENCE:
-            references = encode_images(
-                encoders.vae, batch.references.flatten(0, 1).to(device) * 2 - 1, noise=posterior[:, v:].flatten(0, 1)
-            ).unflatten(0, (b, r))
             reference_camera = camera_conditioning(batch.reference_c2w.to(device), model.camera)
 
     if branch == SINGLE:  # each view its own object, camera vector zero (MVDream's 2D batches)

@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.files import atomic_file
-from data.stream import ViewDataset, views_of
+from data.files import UserError, atomic_file
+from data.shards import DamagedSample
+from data.stream import StoredObject, ViewDataset, views_of
+from models.autoencoder import decode_latents
 from models.checkpoint import MultiViewModel
 from models.image_encoder import embed_image
 from models.sampling import sample_views
@@ -26,6 +28,26 @@ def validation_views(meta: dict[str, Any], num_views: int) -> tuple[dict[str, An
     return references[0], posed[::stride][:num_views]
 
 
+def shown(
+    model: MultiViewModel, stored: StoredObject, reference_view: dict[str, Any], posed: list[dict[str, Any]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference (3, H, W) and views (V, 3, H, W) in [0, 1], and the reference's context (1, T, D).
+
+    Of latents that were computed ahead, what the autoencoder makes of their means.
+    """
+    if "latents" in stored.meta:
+        mean, _ = stored.moments([reference_view, *posed]).chunk(2, dim=1)
+        device = next(model.vae.parameters()).device
+        pictures = decode_latents(model.vae, mean.to(device) * model.vae.config["scaling_factor"]).cpu()
+        return pictures[0], pictures[1:], stored.embedding(reference_view)[None]
+    reference = stored.image(reference_view)
+    truth = torch.stack([stored.image(view) for view in posed])
+    return reference, truth, embed_image(model.image_encoder, reference[None])
+
+
+MOST_DAMAGED = 64  # objects that are passed over in search of some to show
+
+
 def sample_grid(
     model: MultiViewModel, dataset: ViewDataset, path: Path, objects: int, steps: int, guidance: float, seed: int
 ) -> float:
@@ -35,15 +57,19 @@ def sample_grid(
     """
     rows: list[Tensor] = []
     psnrs: list[float] = []
-    for number in range(min(objects, len(dataset.index))):
-        members, meta = dataset.read(number)
-        reference_view, posed = validation_views(meta, dataset.num_views)
-        reference = dataset.image(members, reference_view)
-        truth = torch.stack([dataset.image(members, view) for view in posed])
+    number, last = 0, min(len(dataset), objects + MOST_DAMAGED)
+    while len(rows) < 2 * objects and number < last:
+        number += 1
+        try:
+            with dataset.open(number - 1) as stored:
+                reference_view, posed = validation_views(stored.meta, dataset.num_views)
+                reference, truth, context = shown(model, stored, reference_view, posed)
+        except DamagedSample:
+            continue
         c2w = torch.tensor([view["c2w"] for view in posed], dtype=torch.float32)
         sampled = sample_views(
             model,
-            embed_image(model.image_encoder, reference[None]),
+            context,
             c2w[None],
             guidance_scale=guidance,
             steps=steps,
@@ -53,6 +79,8 @@ def sample_grid(
         psnrs += [-10 * math.log10(max(float(error), 1e-10)) for error in errors]
         rows.append(torch.cat([reference, *sampled], dim=2))
         rows.append(torch.cat([torch.ones_like(reference), *truth], dim=2))
+    if not rows:
+        raise UserError(f"the first {last} objects of {dataset.folder.describe()} are all damaged; copy them again")
     grid = (torch.cat(rows, dim=1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     with atomic_file(path) as temporary:
         Image.fromarray(grid).save(temporary)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from data.files import UserError
-from data.shards import decode_image, locate_samples, pack, read_manifest, read_sample
+from data.packing import locate_samples, pack, verify
+from data.shards import DamagedSample, Shard, damaged_shards, decode_image, open_sample, read_manifest, read_meta
+from data.sources import ShardFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARD_MB = 0.006  # two objects of 8 px
 
 
 def png(array: np.ndarray) -> bytes:
@@ -34,47 +46,97 @@ def write_views(folder: Path, count: int, resolution: int = 8) -> None:
             picture = rng.integers(0, 256, (resolution, resolution, 4), dtype=np.uint8)
             (folder / uid / f"{index:03d}.png").write_bytes(png(picture))
             views.append({"file": f"{index:03d}.png", "role": "ring", "ring": 0, "index": index, "fov_deg": 40.0,
-                          "elevation_deg": 5.0 * index, "distance": 2.0})  # fmt: skip
-        (folder / uid / "meta.json").write_text(json.dumps({"uid": uid, "resolution": resolution, "views": views}))
+                          "elevation_deg": 5.0 * index, "distance": 2.0, "c2w": np.eye(4).tolist()})  # fmt: skip
+        (folder / uid / "meta.json").write_text(
+            json.dumps({"uid": uid, "resolution": resolution, "fingerprint": f"{count}", "views": views})
+        )
 
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
     write_views(tmp_path / "views", 5)
-    pack(tmp_path / "views", tmp_path / "shards", objects_per_shard=2)
+    pack(tmp_path / "views", tmp_path / "shards", SHARD_MB, processes=1)
     return tmp_path / "shards"
 
 
-@given(st.integers(1, 7), st.integers(1, 4))
+def members_of(folder: Path, shard: Shard, number: int) -> dict[str, bytes]:
+    with open_sample(ShardFolder(str(folder)), shard, number) as members:
+        return {suffix: members[suffix] for suffix in members.places}
+
+
+@given(st.integers(1, 7), st.sampled_from([0.001, SHARD_MB, 1.0]), st.sampled_from(["png", "webp"]))
 @settings(deadline=None, max_examples=8)
-def test_every_reader_sees_the_same(tmp_path_factory, count: int, per_shard: int) -> None:
+def test_every_reader_sees_the_same(tmp_path_factory, count: int, shard_mb: float, image_format: str) -> None:
     folder = tmp_path_factory.mktemp("pack")
     write_views(folder / "views", count)
-    pack(folder / "views", folder / "shards", per_shard)
+    pack(folder / "views", folder / "shards", shard_mb, image_format, processes=1)
     manifest = read_manifest(folder / "shards")
-    assert len(manifest.shards) == -(-count // per_shard)
-    assert manifest.cameras.elevation_deg == (0.0, 20.0)
+    assert manifest.count == count and manifest.cameras.elevation_deg == (0.0, 20.0)
+    assert len(manifest.shards) == {0.001: count, SHARD_MB: -(-count // 2), 1.0: 1}[shard_mb]
     for shard in manifest.shards:
         path = folder / "shards" / shard.name
         theirs = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
-        assert [s["__key__"] for s in theirs] == [s.key for s in shard.samples]
-        for ours, other in zip(shard.samples, theirs, strict=True):
-            members = read_sample(folder / "shards", shard, ours)
+        assert [s["__key__"] for s in theirs] == shard.keys
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == shard.sha256
+        for number, other in enumerate(theirs):
+            members = members_of(folder / "shards", shard, number)
             assert members == {k: v for k, v in other.items() if not k.startswith("__")}
             for suffix in members.keys() - {"json"}:
-                assert members[suffix] == (folder / "views" / ours.key / suffix).read_bytes()
+                before = Image.open(folder / "views" / shard.keys[number] / f"{suffix[:3]}.png")
+                assert np.array_equal(np.asarray(before), np.asarray(Image.open(io.BytesIO(members[suffix]))))
         with tarfile.open(path) as tar:
-            assert len(tar.getnames()) == 6 * len(shard.samples)
+            assert len(tar.getnames()) == 6 * len(shard.keys)
+        assert list(locate_samples(path.read_bytes())) == list(zip(shard.keys, shard.offsets, shard.sizes, strict=True))
 
 
-def test_packing_again_changes_nothing(packed: Path) -> None:
-    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in packed.glob("*.tar")}
-    manifest = (packed / "manifest.json").read_bytes()
-    pack(packed.parent / "views", packed, 2)
-    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in packed.glob("*.tar")} == before
-    assert (packed / "manifest.json").read_bytes() == manifest
-    pack(packed.parent / "views", packed, 5)
-    assert [p.name for p in packed.glob("*.tar")] == ["shard-000000.tar"]
+def state(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir() if p.name != ".lock"}
+
+
+def test_packing_again_changes_nothing(packed: Path, tmp_path: Path) -> None:
+    before = state(packed)
+    assert sorted(before) == ["manifest.json", *(f"shard-{n:06d}.tar" for n in range(3))]
+    pack(packed.parent / "views", packed, SHARD_MB)
+    assert state(packed) == before
+    pack(packed.parent / "views", tmp_path / "other", SHARD_MB, processes=1)
+    assert {k: v[0] for k, v in state(tmp_path / "other").items()} == {k: v[0] for k, v in before.items()}
+
+
+def test_new_objects_get_new_shards_and_old_ones_stay(packed: Path, tmp_path: Path) -> None:
+    before = state(packed)
+    write_views(tmp_path / "more", 8)
+    shutil.rmtree(tmp_path / "more" / "object-0_x")  # what is not there is kept
+    for number in range(2, 5):  # the same as before; object 1 is rendered otherwise
+        shutil.rmtree(tmp_path / "more" / f"object-{number}_x")
+        shutil.copytree(packed.parent / "views" / f"object-{number}_x", tmp_path / "more" / f"object-{number}_x")
+    (packed / "shard-000007.tar").write_bytes(b"somebody's")
+    manifest = pack(tmp_path / "more", packed, 1, processes=1)
+    after = state(packed)
+    assert {k: v for k, v in before.items() if k != "manifest.json"}.items() <= after.items()
+    assert after["shard-000007.tar"][0] == b"somebody's"
+    assert manifest.count == 8 and manifest.shards[-1].keys == [f"object-{n}_x" for n in (1, 5, 6, 7)]
+    assert manifest.shards[-1].name == "shard-000008.tar"
+    assert manifest.shards[0].keys == ["object-0_x"], "object 1 was rendered again, and is read from the new shard"
+    assert verify(str(packed), processes=1) == []
+
+
+@pytest.mark.slow
+def test_a_killed_packer_goes_on_and_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    write_views(tmp_path / "views", 40, resolution=32)
+    pack(tmp_path / "views", tmp_path / "quiet", 0.05)
+    command = [sys.executable, "data/pack.py", f"views={tmp_path}/views", f"out={tmp_path}/killed", "shard_mb=0.05"]
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+        time.sleep(float(rng.uniform(1, 6)))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if (tmp_path / "killed" / "manifest.json").exists():  # whole, or not there
+            assert read_manifest(tmp_path / "killed").count == 40
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    assert {k: v[0] for k, v in state(tmp_path / "killed").items()} == {
+        k: v[0] for k, v in state(tmp_path / "quiet").items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -83,14 +145,16 @@ def test_packing_again_changes_nothing(packed: Path) -> None:
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
         (lambda f: (f / "manifest.json").write_text('{"format": "x"}'), "not of format"),
-        (lambda f: (f / "shard-000001.tar").unlink(), r"shard-000001\.tar is missing"),
-        (lambda f: (f / "shard-000001.tar").write_bytes(b"x" * 99), "has 99 bytes and the manifest says"),
         (lambda f: edit(f, "shards", []), "holds no objects"),
-        (lambda f: edit(f, "shards", [{"name": "../x.tar", "bytes": 1, "sha256": "", "samples": []}]), "no plain .tar"),
+        (lambda f: edit_shard(f, "name", "../x.tar"), "no plain .tar"),
+        (lambda f: edit_shard(f, "keys", ["a"]), "columns of different lengths"),
+        (lambda f: edit_shard(f, "offsets", [0, 10**9]), "samples outside of it"),
+        (lambda f: edit_shard(f, "offsets", [0, "x"]), "is damaged"),
+        (lambda f: edit_shard(f, "keys", ["object-0_x", "object-0_x"]), "has object-0_x twice"),
         (lambda f: edit(f, "cameras", {}), "is damaged"),
     ],
 )
-def test_spoiled_folders_are_named(packed: Path, spoil, words: str) -> None:
+def test_spoiled_manifests_are_named(packed: Path, spoil, words: str) -> None:
     spoil(packed)
     with pytest.raises(UserError, match=words):
         read_manifest(packed)
@@ -101,20 +165,60 @@ def edit(folder: Path, key: str, value: object) -> None:
     (folder / "manifest.json").write_text(json.dumps(content | {key: value}))
 
 
-def test_a_flipped_header_is_named(packed: Path) -> None:
+def edit_shard(folder: Path, key: str, value: object) -> None:
+    content = json.loads((folder / "manifest.json").read_text())
+    content["shards"][0][key] = value
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+def test_missing_and_truncated_shards_are_named(packed: Path) -> None:
+    manifest, folder = read_manifest(packed), ShardFolder(str(packed))
+    assert damaged_shards(folder, manifest) == {}
+    (packed / "shard-000000.tar").unlink()
+    (packed / "shard-000001.tar").write_bytes(b"x" * 99)
+    assert damaged_shards(folder, manifest) == {
+        "shard-000000.tar": "is missing",
+        "shard-000001.tar": f"has 99 bytes and the manifest says {manifest.shards[1].bytes}: it is truncated "
+        "or changed",
+    }
+    problems = verify(str(packed), processes=1)
+    assert len(problems) == 2 and "shard-000000.tar: is missing" in problems[0]
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_flipped_byte_is_noticed(packed: Path, data) -> None:
+    """Whatever byte of a sample is changed: reading its members gives what was packed, or says what is wrong."""
     manifest = read_manifest(packed)
     shard = manifest.shards[0]
+    good = [members_of(packed, shard, n) for n in range(2)]
     content = bytearray((packed / shard.name).read_bytes())
-    content[shard.samples[1].offset + 3] ^= 0xFF
+    place = data.draw(st.integers(0, shard.offsets[1] + shard.sizes[1] - 1))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    spoilt = packed.parent / "spoilt"
+    spoilt.mkdir(exist_ok=True)
+    (spoilt / shard.name).write_bytes(bytes(content))
+    number = int(place >= shard.offsets[1])
+    try:
+        with open_sample(ShardFolder(str(spoilt)), shard, number) as members:
+            meta = read_meta(members, shard.marks[number])
+            found = {view["file"]: members.checked(view["file"], view["crc32"][view["file"]]) for view in meta["views"]}
+        assert found | {"json": good[number]["json"]} == good[number]
+    except DamagedSample as error:
+        assert shard.name in str(error) and shard.keys[number] in str(error)
+
+
+def test_verify_names_the_object(packed: Path) -> None:
+    shard = read_manifest(packed).shards[1]
+    content = bytearray((packed / shard.name).read_bytes())
+    content[shard.offsets[1] + 600] ^= 1
     (packed / shard.name).write_bytes(bytes(content))
-    read_sample(packed, shard, shard.samples[0])
-    with pytest.raises(UserError, match=rf"{shard.name}, object {shard.samples[1].key}"):
-        read_sample(packed, shard, shard.samples[1])
+    problems = verify(str(packed), decode=True, processes=1)
+    assert any("SHA-256" in p for p in problems) and any(shard.keys[1] in p for p in problems), problems
 
 
 def test_foreign_members_are_refused(packed: Path) -> None:
-    manifest = read_manifest(packed)
-    shard = manifest.shards[0]
+    shard = read_manifest(packed).shards[0]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name in ("object-0_x.json", "object-0_x.pyd"):
@@ -122,9 +226,10 @@ def test_foreign_members_are_refused(packed: Path) -> None:
             member.size = 2
             tar.addfile(member, io.BytesIO(b"{}"))
     (packed / shard.name).write_bytes(buffer.getvalue())
-    (sample,) = locate_samples(buffer.getvalue())
-    with pytest.raises(UserError, match=r"object-0_x\.pyd"):
-        read_sample(packed, shard, sample)
+    ((_, offset, size),) = locate_samples(buffer.getvalue())
+    shard.offsets[0], shard.sizes[0] = offset, size
+    with pytest.raises(DamagedSample, match=r"object-0_x\.pyd"):
+        members_of(packed, shard, 0)
 
 
 def test_views_are_decoded_with_limits() -> None:
@@ -142,12 +247,38 @@ def test_views_are_decoded_with_limits() -> None:
     assert np.abs(small[..., 3].astype(int) - 128).max() <= 1
 
 
-def test_views_without_objects(tmp_path: Path) -> None:
+def test_views_that_cannot_be_packed(tmp_path: Path) -> None:
     (tmp_path / "views").mkdir()
+    out = tmp_path / "shards"
     with pytest.raises(UserError, match="render first"):
-        pack(tmp_path / "views", tmp_path / "shards", 2)
+        pack(tmp_path / "views", out, processes=1)
     write_views(tmp_path / "views", 2)
+    good = (tmp_path / "views" / "object-0_x" / "001.png").read_bytes()
     (tmp_path / "views" / "object-0_x" / "001.png").unlink()
     with pytest.raises(UserError, match=r"lacks '001\.png'"):
-        pack(tmp_path / "views", tmp_path / "shards", 2)
-    assert not list((tmp_path / "shards").glob("*.tar"))
+        pack(tmp_path / "views", out, processes=1)
+    for content, words in ((good[:60], "is not a PNG"), (png(np.zeros((9, 9, 4), dtype=np.uint8)), "where 8 were")):
+        (tmp_path / "views" / "object-0_x" / "001.png").write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            pack(tmp_path / "views", out, processes=1)
+    assert not list(out.glob("*.tar")) and not (out / "manifest.json").exists()
+    (tmp_path / "views" / "object-0_x" / "001.png").write_bytes(good)
+    (tmp_path / "views" / "scores.json").write_text(json.dumps({"object-0_x": 0.1, "object-1_x": 0.3}))
+    assert pack(tmp_path / "views", out, processes=1, min_clip_score=0.2).shards[0].keys == ["object-1_x"]
+    with pytest.raises(UserError, match=r"no object scores so high; the highest is 0\.300"):
+        pack(tmp_path / "views", out, processes=1, min_clip_score=0.5)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    write_views(tmp_path / "views", 3)
+    done = [
+        subprocess.run(
+            [sys.executable, "data/pack.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        for arguments in (
+            [f"views={tmp_path}/views", f"out={tmp_path}/shards", "image_format=webp"],
+            ["--verify", f"out={tmp_path}/shards", "decode=true"], [f"out={tmp_path}/shards"],
+        )
+    ]  # fmt: skip
+    assert "packed: 3 objects in 1 shards" in done[0].stdout and "verified: 3 objects" in done[1].stdout, done
+    assert done[2].returncode == 2 and "views is not set" in done[2].stderr

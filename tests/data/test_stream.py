@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.files import UserError
-from data.shards import pack
+from data.packing import pack
 from data.stream import RankPositions, ViewDataset, choose_views, epoch_order, keyed_generator, micro_batches
 
 
@@ -37,7 +37,7 @@ def shards(tmp_path_factory) -> Path:
                           "elevation_deg": 10.0, "fov_deg": 40.0, "distance": 2.0})  # fmt: skip
         meta = {"uid": uid, "resolution": 8, "views": views}
         (folder / "views" / uid / "meta.json").write_text(json.dumps(meta))
-    pack(folder / "views", folder / "shards", objects_per_shard=3)
+    pack(folder / "views", folder / "shards", shard_mb=0.02)
     return folder / "shards"
 
 

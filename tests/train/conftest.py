@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from data.cameras import framing_distance, orbit_camera
-from data.shards import pack
+from data.packing import pack
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS, SIZE = 4, 32
@@ -61,7 +61,7 @@ def tiny(tmp_path_factory) -> Path:
     """A folder with shards/ and parts/{vae,image_encoder}."""
     folder = tmp_path_factory.mktemp("tiny")
     draw_views(folder / "views")
-    pack(folder / "views", folder / "shards", objects_per_shard=3)
+    pack(folder / "views", folder / "shards", shard_mb=0.03)
     subprocess.run(
         [sys.executable, "models/small.py", f"shards={folder}/shards", f"out={folder}/parts", "image_size=32",
          "latent_channels=8", "embed_dim=8"],
