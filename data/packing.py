@@ -175,7 +175,9 @@ def divided(sources: list[Source], most: int) -> list[list[Source]]:
 def write_shards(out: Path, plan: list[list[Source]], first: int, image_format: str, processes: int) -> list[Packed]:
     """One task a shard.  A finished one leaves `.shard-NNNNNN.json` beside it until the manifest is there."""
     tasks = [(out / f"shard-{first + i:06d}.tar", sources, image_format) for i, sources in enumerate(plan)]
-    done: dict[int, Packed] = {i: found for i, task in enumerate(tasks) if (found := finished(*task)) is not None}
+    done: dict[int, Packed] = {
+        i: found for i, task in enumerate(tasks) if (found := finished_shard(task[0], task_mark(*task[1:]))) is not None
+    }
     objects = sum(len(sources) for sources in plan)
     start = sum(len(plan[i]) for i in done)
     open_tasks = [i for i in range(len(tasks)) if i not in done]
@@ -213,8 +215,8 @@ def sidecar(path: Path) -> Path:
     return path.with_name(f".{path.stem}.json")
 
 
-def finished(path: Path, sources: list[Source], image_format: str) -> Packed | None:
-    """What a killed pack had already written of exactly these objects."""
+def finished_shard(path: Path, task: str) -> Packed | None:
+    """What a killed run had already written for exactly this task."""
     if not sidecar(path).is_file() or not path.is_file():
         return None
     try:
@@ -222,7 +224,7 @@ def finished(path: Path, sources: list[Source], image_format: str) -> Packed | N
         packed = Packed(Shard(**left["shard"]), Cameras(**left["cameras"]))
     except (UserError, KeyError, TypeError):
         return None
-    same = left.get("task") == task_mark(sources, image_format) and path.stat().st_size == packed.shard.bytes
+    same = left.get("task") == task and path.stat().st_size == packed.shard.bytes
     return packed if same else None
 
 
@@ -242,27 +244,40 @@ class HashingFile:
 
 
 def write_shard(path: Path, sources: list[Source], image_format: str) -> Packed:
-    """Times, owners and order are fixed, so that equal views give equal bytes."""
+    """One task of the packer: the tar, and beside it what it holds."""
+    metas: list[dict[str, Any]] = []
+
+    def samples() -> Iterator[tuple[dict[str, Any], str]]:
+        for source in sources:
+            sample = sample_of(source, image_format)
+            metas.append(json.loads(sample["json"]))
+            yield sample, f"{source.mark}.{image_format}"
+
+    packed = Packed(write_tar(path, samples()), camera_ranges(metas))
+    write_json(sidecar(path), {"task": task_mark(sources, image_format), **asdict(packed)})
+    return packed
+
+
+def write_tar(path: Path, samples: Iterable[tuple[dict[str, Any], str]]) -> Shard:
+    """samples: what webdataset writes, and the mark of what it was made of.
+
+    Times, owners and order are fixed, so that equal samples give equal bytes.
+    """
     shard = Shard(path.name, 0, "", [], [], [], [], [])
-    metas = []
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         stream: Any = HashingFile(file)
         writer = TarWriter(stream, user="isotropic3d", group="isotropic3d", mode=0o644, mtime=0, encoder=False)
-        for source in sources:
-            sample = sample_of(source, image_format)
+        for sample, source in samples:
             offset = writer.tarstream.offset  # the stream below it is written block by block
             writer.write(sample)
-            shard.keys.append(source.folder.name)
+            shard.keys.append(sample["__key__"])
             shard.offsets.append(offset)
             shard.sizes.append(writer.tarstream.offset - offset)
             shard.marks.append(mark(sample["json"]))
-            shard.sources.append(f"{source.mark}.{image_format}")
-            metas.append(json.loads(sample["json"]))
+            shard.sources.append(source)
         writer.close()
         shard.bytes, shard.sha256 = stream.length, stream.sha256.hexdigest()
-    packed = Packed(shard, camera_ranges(metas))
-    write_json(sidecar(path), {"task": task_mark(sources, image_format), **asdict(packed)})
-    return packed
+    return shard
 
 
 def sample_of(source: Source, image_format: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from conf.cli import check
 
@@ -166,3 +167,20 @@ class ModelConfig:
             from data.cameras import CONVENTIONS  # here, so that --help does not wait for torch
 
             check(self.camera in CONVENTIONS, f"model.camera={self.camera} must be one of {', '.join(CONVENTIONS)}")
+
+
+def autoencoder_of(start: str, config: AutoencoderConfig) -> AutoencoderConfig:
+    """`config`, or where it names no weights those of the checkpoint folder `start`, if it has such."""
+    if config.weights is not None or not (Path(start) / "vae" / "config.json").is_file():
+        return config
+    return replace(config, weights=str(Path(start) / "vae"))
+
+
+def image_encoder_of(start: str, config: ImageEncoderConfig) -> ImageEncoderConfig:
+    """The same of the image encoder, where `config` chooses none: no weights, architecture or tag but the default."""
+    default = ImageEncoderConfig()
+    chosen = config.weights is not None or config.from_scratch
+    chosen = chosen or (config.arch, config.pretrained) != (default.arch, default.pretrained)
+    if chosen or not (Path(start) / "image_encoder" / "config.json").is_file():
+        return config
+    return replace(config, weights=str(Path(start) / "image_encoder"))

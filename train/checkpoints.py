@@ -20,8 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data.files import UserError, content_mark, fsync_folder, read_json, write_json
+from data.shards import mark
+from data.sources import ShardFolder
 from train.config import TrainConfig
 from train.engine import WeightAverage, all_agree
+from train.shard_history import SavedSpan, as_json, manifest_text
 
 FORMAT = "isotropic3d-checkpoint/2"
 STATE_BYTES = 18  # a parameter: weight in bf16, and in fp32 its master, Adam's two moments and the running average
@@ -29,6 +32,7 @@ STATE_BYTES = 18  # a parameter: weight in bf16, and in fp32 its master, Adam's 
 
 @dataclass
 class TrainState:
+    spans: list[SavedSpan]  # which objects the stream holds, from which position on
     step: int = 0  # optimizer steps done; with the seed, this is the position in the stream and of all randomness
     seconds: float = 0.0  # training time of all sessions
 
@@ -44,10 +48,10 @@ def identity(config: TrainConfig) -> dict[str, Any]:
         for k, v in asdict(config).items()
         if k not in free and not k.startswith(("log_", "sample_", "checkpoint_"))
     }
-    settings["data"] = settings["data"] | {"workers": None, "shards": None}
+    settings["data"] = settings["data"] | dict.fromkeys(("workers", "shards", "cache", "max_damaged", "on_change"))
     settings["lora"] = settings["lora"] if config.trainable == "lora" else None
     settings["steps"] = config.steps if config.optim.schedule == "cosine" else None
-    files = {"data.shards": Path(config.data.shards) / "manifest.json"}
+    files: dict[str, Path] = {}
     if config.init_from is not None:
         files["init_from"] = Path(config.init_from) / "unet" / "diffusion_pytorch_model.safetensors"
     model = config.model
@@ -60,6 +64,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
             # By content: a folder may be mounted elsewhere the next time.
             files[f"model.{part}.weights"] = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
     marks = {name: content_mark(path) for name, path in files.items() if path.is_file()}
+    marks["data.shards"] = mark(manifest_text(ShardFolder(config.data.shards)))
 
     def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         pairs = [flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v} for k, v in value.items()]
@@ -68,7 +73,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return flat(settings) | marks
 
 
-def require_same_run(path: Path, config: TrainConfig) -> None:
+def require_same_run(path: Path, config: TrainConfig, current: dict[str, Any]) -> None:
     """UserError naming the first value in which the checkpoint's run differs from this one, or when it is longer."""
     saved = read_json(path / "state.json", "checkpoint")
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
@@ -76,13 +81,16 @@ def require_same_run(path: Path, config: TrainConfig) -> None:
             f"checkpoint {path}: state.json is not of format {FORMAT}, but of another version of this project, "
             "which it resumes with; here, give another name= or out="
         )
-    current, before = identity(config), saved.get("identity", {})
+    before = saved.get("identity", {})
     for key in sorted(current.keys() | before.keys()):
         old, new = before.get(key), current.get(key)
+        if key == "data.shards" and old != new and config.data.on_change == "adopt":
+            continue
         if old != new:
+            also = "; data.on_change=adopt takes changed shards from the next epoch on" if key == "data.shards" else ""
             raise UserError(
                 f"{path} was trained with another {key} ({old} then, {new} now); choose another name= or out=, "
-                "or give the former value"
+                f"or give the former value{also}"
             )
     if saved["step"] > config.steps:
         raise UserError(f"{path} is beyond steps={config.steps}; choose another name= or out=, or more steps")
@@ -92,6 +100,13 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first.  A folder gets its final name only when it is whole."""
     named = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name) and (p / "state.json").is_file()]
     return sorted(named)
+
+
+def newest_state(folder: Path) -> dict[str, Any]:
+    """The state.json of the newest whole checkpoint; {} where there is none."""
+    found = checkpoint_folders(folder)
+    saved = read_json(found[-1] / "state.json", "checkpoint") if found else {}
+    return saved if isinstance(saved, dict) else {}
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -143,6 +158,7 @@ def save_checkpoint(
                 "format": FORMAT,
                 "step": state.step,
                 "seconds": state.seconds,
+                "spans": as_json(state.spans),
                 "updates": average.updates,
                 "world_size": engine.world_size,
                 "zero_stage": engine.zero_optimization_stage(),
@@ -157,8 +173,8 @@ def save_checkpoint(
     dist.barrier()
 
 
-def load_checkpoint(path: Path, engine: Any, average: WeightAverage) -> TrainState:
-    """Puts engine and average into the state saved at `path`.  Every rank must call it."""
+def load_checkpoint(path: Path, engine: Any, average: WeightAverage, spans: list[SavedSpan]) -> TrainState:
+    """Puts engine and average into the state saved at `path`; `spans` hold from there on.  Every rank must call it."""
     saved = read_json(path / "state.json", "checkpoint")
     for key, current in (("world_size", engine.world_size), ("zero_stage", engine.zero_optimization_stage())):
         if saved[key] != current:
@@ -185,4 +201,4 @@ def load_checkpoint(path: Path, engine: Any, average: WeightAverage) -> TrainSta
         assert held is not None
         held.copy_(tensor)
     average.updates = saved["updates"]
-    return TrainState(step=saved["step"], seconds=saved["seconds"])
+    return TrainState(spans, step=saved["step"], seconds=saved["seconds"])

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from conf.cli import check
-from models.config import ImageEncoderConfig, LoraConfig, ModelConfig
+from data.sources import CacheConfig
+from models.config import LoraConfig, ModelConfig, autoencoder_of, image_encoder_of
 
 
 @dataclass
 class DataConfig:
-    shards: str = "shards"  # folder with manifest.json, written by data/pack.py
+    shards: str = "shards"  # folder with manifest.json, written by data/pack.py or data/precompute.py; or on a server
+    cache: CacheConfig = field(
+        default_factory=CacheConfig
+    )  # of shards on a server (https://, s3://, ...), on local disk
+    max_damaged: float = 0.01  # share of objects that may turn out damaged: others take their places; more stop the run
+    on_change: str = "refuse"  # shards changed since the run began: refuse, or adopt them from the next epoch on
     image_size: int = 256  # pixels a side
     num_views: int = 4  # equally spaced views of one ring; must divide the ring
     workers: int = 2  # decoding processes a rank; 0 decodes in the training process
 
     def __post_init__(self) -> None:
+        check(0 <= self.max_damaged <= 1, f"data.max_damaged={self.max_damaged} must lie between 0 and 1")
+        check(self.on_change in ("refuse", "adopt"), f"data.on_change={self.on_change} must be refuse or adopt")
         check(self.workers >= 0, f"data.workers={self.workers} must not be negative")
         check(self.num_views >= 1, f"data.num_views={self.num_views} must be at least 1")
         check(self.image_size >= 1, f"data.image_size={self.image_size} must be positive")
@@ -199,12 +206,6 @@ def with_parts_of_start(config: TrainConfig) -> TrainConfig:
     """Where `config` names no autoencoder or no image encoder, `init_from`'s, if it has one."""
     if config.init_from is None:
         return config
-    start, model = Path(config.init_from), config.model
-    if model.autoencoder.weights is None and (start / "vae" / "config.json").is_file():
-        model = replace(model, autoencoder=replace(model.autoencoder, weights=str(start / "vae")))
-    encoder, default = model.image_encoder, ImageEncoderConfig()
-    chosen = encoder.weights is not None or encoder.from_scratch or encoder.arch != default.arch
-    chosen = chosen or encoder.pretrained != default.pretrained
-    if not chosen and (start / "image_encoder" / "config.json").is_file():
-        model = replace(model, image_encoder=replace(encoder, weights=str(start / "image_encoder")))
-    return replace(config, model=model)
+    start, model = config.init_from, config.model
+    autoencoder, image_encoder = autoencoder_of(start, model.autoencoder), image_encoder_of(start, model.image_encoder)
+    return replace(config, model=replace(model, autoencoder=autoencoder, image_encoder=image_encoder))

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.files import UserError
 from data.shards import read_manifest
+from data.sources import ShardFolder
 from models.autoencoder import SD_VAE, autoencoder_kind
 from models.folders import empty_network
 from models.image_encoder import ClipImageEncoder, build_image_encoder, in_cache, require_image_encoder, with_choices
@@ -130,7 +131,7 @@ def missing(config: TrainConfig) -> list[tuple[str, str]]:
         few = f"GPU: this machine has {torch.cuda.device_count()} for {config.processes} processes"
         rows.append((few, f"several nodes, or --num_processes {torch.cuda.device_count()}"))
     try:
-        read_manifest(Path(config.data.shards))
+        read_manifest(ShardFolder(config.data.shards, config.data.cache))
     except UserError as error:
         rows.append((f"shards: {error}", "data.shards=<folder written by data/pack.py>"))
     if config.init_from is not None:

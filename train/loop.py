@@ -22,6 +22,8 @@ from data.progress import Progress
 from data.shards import Cameras
 from data.stream import Batch, ViewDataset, micro_batches
 from models.checkpoint import ExportInfo, MultiViewModel, read_info, save_export
+from models.image_encoder import ClipImageEncoder
+from models.latents import encoders_mark
 from train.checkpoints import (
     STATE_BYTES,
     TrainState,
@@ -29,6 +31,7 @@ from train.checkpoints import (
     identity,
     load_checkpoint,
     newest_checkpoint,
+    newest_state,
     require_same_run,
     save_checkpoint,
 )
@@ -38,6 +41,7 @@ from train.monitor import Monitor
 from train.networks import empty_unet, frozen_parts, initial_unet, scheduler_of
 from train.objective import Encoders, choose_branch, training_loss
 from train.samples import sample_grid
+from train.shard_history import Damage, open_dataset
 from train.trainable import choose_trainable
 
 
@@ -79,6 +83,7 @@ def run_to_the_end(config: TrainConfig) -> None:
                 asked = time.monotonic()
                 batch = next(run.batches)
                 waited += time.monotonic() - asked
+                run.damage.note(batch.damaged)
                 loss = training_loss(
                     engine, run.encoders, run.model.scheduler, batch, branch, config.objective, config.model, shape,
                     config.seed,
@@ -101,7 +106,7 @@ def run_to_the_end(config: TrainConfig) -> None:
             # Save; look at samples.
             last = state.step == config.steps
             if last or state.step % config.checkpoint_every == 0:
-                save_checkpoint(run.checkpoints, engine, run.average, state, config.keep_checkpoints, identity(config))
+                save_checkpoint(run.checkpoints, engine, run.average, state, config.keep_checkpoints, run.identity)
             if last or (config.sample_every and state.step % config.sample_every == 0):
                 sample(run)
     export(run)
@@ -116,6 +121,8 @@ class Run:
 
     config: TrainConfig
     folder: Path
+    identity: dict[str, Any]  # what a checkpoint must share to be resumed
+    damage: Damage
     engine: Any  # DeepSpeedEngine around the UNet
     encoders: Encoders
     model: MultiViewModel  # frozen parts, schedule, and on rank 0 a UNet for the averaged weights
@@ -138,7 +145,8 @@ class Run:
 def set_up(config: TrainConfig) -> Run | None:
     """Everything before the first step, cheapest checks first.  None when the run had already ended."""
     folder = Path(config.out)
-    if finished(config, folder):
+    marks = identity(config)
+    if finished(config, folder, marks):
         print_main(f"stage {config.stage}: {folder}/export is finished (step {config.steps}); nothing to do")
         return None
     if config.init_from is not None:
@@ -149,11 +157,13 @@ def set_up(config: TrainConfig) -> Run | None:
             "format; give its folder, or model.unet.from_scratch=true"
         )
     die_with_parent()
-    references = config.model.ema.references if config.objective.reference_probability > 0 else 1
-    dataset = ViewDataset(config.data.shards, config.data.image_size, config.data.num_views, config.seed, references)
-    _ = dataset[0]  # so that views that do not fit are named before anything is built
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    dataset, spans = open_dataset(config, folder, newest_state(folder / "checkpoints"), write=is_main())
+    damage = Damage(folder / "damaged.jsonl", config.data, dataset.folder, dataset.manifest)
     print_main(f"stage {config.stage}: {len(dataset)} objects; loading the networks")
     vae, image_encoder = frozen_parts(config)
+    require_own_latents(dataset, vae, image_encoder)
     unet = initial_unet(config)
     choose_trainable(unet, config)
     require_space(config, folder, unet)
@@ -168,10 +178,10 @@ def set_up(config: TrainConfig) -> Run | None:
     averaged = copy.deepcopy(unet) if is_main() and config.trainable != "all" else empty_unet(config)
     accelerator, engine = build_engine(config, unet)
     average = WeightAverage(engine, config.optim.weight_average_decay)
-    state = TrainState()
+    state = TrainState(spans)
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is not None:
-        state = load_checkpoint(newest, engine, average)
+        state = load_checkpoint(newest, engine, average, spans)
         print_main(f"stage {config.stage}: going on from {newest}")
     model = MultiViewModel(
         averaged,
@@ -184,6 +194,8 @@ def set_up(config: TrainConfig) -> Run | None:
     return Run(
         config=config,
         folder=folder,
+        identity=marks,
+        damage=damage,
         engine=engine,
         encoders=Encoders(model.vae, model.image_encoder),
         model=model,
@@ -195,14 +207,24 @@ def set_up(config: TrainConfig) -> Run | None:
     )
 
 
-def finished(config: TrainConfig, folder: Path) -> bool:
+def require_own_latents(dataset: ViewDataset, vae: Any, image_encoder: ClipImageEncoder) -> None:
+    """UserError for latents that other encoders made."""
+    manifest = dataset.manifest
+    if manifest.kind == "latents" and manifest.encoders != encoders_mark(vae, image_encoder):
+        raise UserError(
+            f"{dataset.folder.describe()} holds latents of other encoders than model.autoencoder and "
+            "model.image_encoder name; make them again with data/precompute.py, or give the networks that made them"
+        )
+
+
+def finished(config: TrainConfig, folder: Path, marks: dict[str, Any]) -> bool:
     """Whether `folder` holds this run's last checkpoint and export.  UserError when it holds another run's."""
     found = checkpoint_folders(folder / "checkpoints")
     if config.resume == "never" and found:
         raise UserError(f"{folder} has checkpoints already and resume=never; choose another name= or out=")
     if not found:
         return False
-    require_same_run(found[-1], config)
+    require_same_run(found[-1], config, marks)
     return found[-1].name == f"step_{config.steps:08d}" and (folder / "export" / "isotropic3d.json").is_file()
 
 
@@ -258,6 +280,7 @@ def report(
         "steps_per_s": done / seconds,
         "images_per_s": done * config.batch_size * config.data.num_views / seconds,
         "data_wait_share": waited / seconds,
+        "damaged_objects": float(run.damage.gather(run.is_main)),
     }
     if run.monitor is not None:
         run.monitor.log(run.state.step, values)

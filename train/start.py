@@ -21,8 +21,9 @@ def plan_or_train(config: TrainConfig) -> None:
         config.accumulation  # noqa: B018  raises when the batch does not divide
         require_writable(config.out, needed_mb=64)
         from data.shards import read_manifest
+        from data.sources import ShardFolder
 
-        read_manifest(config.data.shards)
+        read_manifest(ShardFolder(config.data.shards, config.data.cache))
         from train.loop import train
 
         train(config)

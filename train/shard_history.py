@@ -1,0 +1,147 @@
+"""Which objects a run trains on: its shards when it began, those added later, and those that turned out damaged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from data.files import UserError, atomic_file, read_json
+from data.shards import MAX_MANIFEST_BYTES, Manifest, damaged_shards, mark, parse_manifest
+from data.sources import ShardFolder
+from data.stream import Span, ViewDataset
+from train.config import DataConfig, TrainConfig
+
+SHOWN = 10  # damaged objects that an error lists; all are in the run folder's damaged.jsonl
+
+
+@dataclass
+class SavedSpan:
+    """A `Span` as checkpoints keep it: the manifest by its mark, a copy of which lies in the run folder."""
+
+    first: int
+    epoch: int
+    manifest: str
+
+
+def manifest_text(folder: ShardFolder) -> bytes:
+    return folder.read_whole("manifest.json", MAX_MANIFEST_BYTES)
+
+
+def with_new_shards(saved: list[SavedSpan], current: str, count: int, consumed: int) -> list[SavedSpan]:
+    """`saved`, and from the next epoch on the objects of `current`, where that is another manifest.
+
+    count: the objects of the last saved one; consumed: samples that the run has seen.
+    """
+    if not saved:
+        return [SavedSpan(0, 0, current)]
+    last = saved[-1]
+    if last.manifest == current:
+        return saved
+    if last.first >= consumed:  # adopted before, but not reached yet
+        return [*saved[:-1], SavedSpan(last.first, last.epoch, current)]
+    epochs = -(-(consumed - last.first) // count)
+    return [*saved, SavedSpan(last.first + epochs * count, last.epoch + epochs, current)]
+
+
+def open_spans(run: Path, folder: ShardFolder, saved: list[SavedSpan], consumed: int, write: bool) -> list[SavedSpan]:
+    """The spans of a run that goes on.  With `write` (rank 0) the run folder gets a copy of the current manifest."""
+    text = manifest_text(folder)
+    current = mark(text)
+    parse_manifest(json.loads(text), folder.describe("manifest.json"))
+    path = run / "shards" / f"{current}.json"
+    if write and not path.is_file():
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(text)
+    count = read_saved(run, saved[-1].manifest).count if saved and saved[-1].manifest != current else 1
+    return with_new_shards(saved, current, count, consumed)
+
+
+def read_saved(run: Path, manifest: str) -> Manifest:
+    path = run / "shards" / f"{manifest}.json"
+    return parse_manifest(read_json(path, "shards that the run began with"), str(path))
+
+
+def as_spans(run: Path, folder: ShardFolder, saved: list[SavedSpan]) -> list[Span]:
+    """With their manifests; the last one's is the folder's own."""
+    last = parse_manifest(json.loads(manifest_text(folder)), folder.describe("manifest.json"))
+    former = [Span(span.first, span.epoch, read_saved(run, span.manifest)) for span in saved[:-1]]
+    return [*former, Span(saved[-1].first, saved[-1].epoch, last)]
+
+
+def open_dataset(
+    config: TrainConfig, run: Path, last_state: dict[str, Any], write: bool
+) -> tuple[ViewDataset, list[SavedSpan]]:
+    """The stream of a run that goes on after `last_state`, its checkpoint's state.json ({} for none)."""
+    data = config.data
+    folder = ShardFolder(data.shards, data.cache)
+    consumed = int(last_state.get("step", 0)) * config.batch_size
+    spans = open_spans(run, folder, saved_spans(last_state.get("spans", []), run), consumed, write)
+    references = config.model.ema.references if config.objective.reference_probability > 0 else 1
+    dataset = ViewDataset(
+        folder, data.image_size, data.num_views, config.seed, references, as_spans(run, folder, spans)
+    )
+    if dataset.manifest.kind == "latents" and dataset.manifest.resolution != data.image_size:
+        size = dataset.manifest.resolution
+        raise UserError(
+            f"{folder.describe()} holds latents of {size} px and data.image_size={data.image_size}; set it to {size}"
+        )
+    _ = dataset[consumed]  # so that views that do not fit are named before anything is built
+    return dataset, spans
+
+
+class Damage:
+    """The objects found damaged, over all ranks and sessions; more than `data.max_damaged` of all stop the run."""
+
+    def __init__(self, path: Path, config: DataConfig, folder: ShardFolder, manifest: Manifest):
+        self.path, self.share, self.where, self.total = path, config.max_damaged, folder.describe(), manifest.count
+        self.found: dict[str, str] = {}
+        self.new: dict[str, str] = {}
+        broken = damaged_shards(folder, manifest)
+        for shard in manifest.shards:
+            if shard.name in broken:
+                self.found |= {key: f"{folder.describe(shard.name)} {broken[shard.name]}" for key in shard.keys}
+        self.stop_beyond_share()
+
+    def note(self, damaged: dict[str, str]) -> None:
+        """What this rank met."""
+        self.new |= {uid: reason for uid, reason in damaged.items() if uid not in self.found}
+
+    def gather(self, is_main: bool) -> int:
+        """Number of damaged objects known to all ranks.  Collective; UserError on every rank beyond the set share."""
+        everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, self.new)
+        fresh = {uid: reason for one in everyone for uid, reason in one.items() if uid not in self.found}
+        self.new = {}
+        self.found |= fresh
+        if fresh and is_main:
+            with open(self.path, "a") as file:
+                file.writelines(json.dumps({"uid": uid, "reason": reason}) + "\n" for uid, reason in fresh.items())
+            for uid, reason in list(fresh.items())[:SHOWN]:
+                print(f"damaged: {uid}: {reason}; another object took its place", flush=True)
+        self.stop_beyond_share()
+        return len(self.found)
+
+    def stop_beyond_share(self) -> None:
+        if len(self.found) > self.share * self.total:
+            listed = "".join(f"\n  {reason}" for reason in sorted(set(self.found.values()))[:SHOWN])
+            raise UserError(
+                f"{self.where}: {len(self.found)} of {self.total} objects are damaged, more than data.max_damaged="
+                f"{self.share:g} of them; copy those shards again, or raise data.max_damaged. The first:{listed}"
+            )
+
+
+def saved_spans(state: object, where: Path) -> list[SavedSpan]:
+    """From a checkpoint's state.json."""
+    try:
+        assert isinstance(state, list)
+        return [SavedSpan(int(span["first"]), int(span["epoch"]), str(span["manifest"])) for span in state]
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {where}: spans in state.json are damaged ({error!r})") from None
+
+
+def as_json(spans: list[SavedSpan]) -> list[dict[str, object]]:
+    return [asdict(span) for span in spans]
