@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import assets
-from data.assets import IDENTITY, list_assets, parse_properties, safe_uids
+from data import sweethome
+from data.assets import IDENTITY, list_assets, safe_uids
 from data.files import UserError
+from data.sweethome import parse_properties
 
 CATALOG = r"""# a comment
 id=Lib
@@ -43,7 +44,7 @@ def make_library(path: Path, members: dict[str, bytes] | None = None, catalog: s
     )
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         if catalog is not None:
-            archive.writestr(assets.CATALOG, catalog)
+            archive.writestr(sweethome.CATALOG, catalog)
         for name, content in members.items():
             archive.writestr(name, content)
     return path
@@ -88,15 +89,15 @@ def test_models_cannot_be_written_outside_the_cache(tmp_path: Path, model: str) 
 
 def test_size_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = make_library(tmp_path / "lib.sh3f", {"lib/chair/chair.obj": b"0" * 5000, "lib/lamp/lamp.obj": b"v"})
-    monkeypatch.setattr(assets, "MEMBER_LIMIT", 4000)
+    monkeypatch.setattr(sweethome, "MEMBER_LIMIT", 4000)
     with pytest.raises(UserError, match=r"chair\.obj unpacks to 5000 bytes"):
         list_assets(library, tmp_path / "cache")
-    monkeypatch.setattr(assets, "MEMBER_LIMIT", 6000)
-    monkeypatch.setattr(assets, "OBJECT_LIMIT", 4000)
+    monkeypatch.setattr(sweethome, "MEMBER_LIMIT", 6000)
+    monkeypatch.setattr(sweethome, "OBJECT_LIMIT", 4000)
     with pytest.raises(UserError, match="more than 4000 bytes"):
         list_assets(library, tmp_path / "cache")
-    monkeypatch.setattr(assets, "CATALOG_LIMIT", 10)
-    with pytest.raises(UserError, match=assets.CATALOG):
+    monkeypatch.setattr(sweethome, "CATALOG_LIMIT", 10)
+    with pytest.raises(UserError, match=sweethome.CATALOG):
         list_assets(library, tmp_path / "cache")
 
 
