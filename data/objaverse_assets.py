@@ -246,14 +246,37 @@ def fetch_assets(assets: Sequence[Asset], threads: int = 8) -> list[Asset]:
     """Those of `assets` whose files are there, after fetching from Objaverse what is missing.
 
     Other sources' are returned as they are.  Objects that the server does not give are named and left out; UserError
-    where the network gives nothing.  What has arrived is kept, so that the same call goes on from there.
+    when none is left, and where the network gives nothing.  What has arrived is kept: the same call goes on from there.
     """
+    lost = _fetch_missing(assets, threads)
+    left = [asset for asset in assets if asset.uid not in lost]
+    if lost and not left:
+        raise UserError(f"source={OBJAVERSE}: none of {len(lost)} objects can be fetched; give other UIDs")
+    return left
+
+
+def fetched_in_chunks(assets: Sequence[Asset], size: int = CHUNK, threads: int = 8) -> Iterator[list[Asset]]:
+    """`assets` in lists of at most `size`, each fetched when it is asked for: the disk need not hold all of them.
+
+    What was fetched for a list is deleted when the next is asked for; files that were there before are left alone.
+    """
+    for first in range(0, len(assets), size):
+        chunk = assets[first : first + size]
+        fetched = [asset for asset in chunk if asset.source == SOURCE and not asset.path.exists()]
+        lost = _fetch_missing(fetched, threads)
+        yield [asset for asset in chunk if asset.uid not in lost]
+        for asset in fetched:
+            asset.path.unlink(missing_ok=True)
+
+
+def _fetch_missing(assets: Sequence[Asset], threads: int) -> dict[str, str]:
+    """{uid: reason} of those that the server does not give, each of which is also said."""
     wanted = [asset for asset in assets if asset.source == SOURCE]
     root = download_folder()
     there = files_there(root) if wanted else set()
-    missing = [asset for asset in wanted if f"glbs/{asset.path.parent.name}/{asset.path.name}" not in there]
+    missing = [asset for asset in wanted if _place(asset) not in there]
     if not missing:
-        return list(assets)
+        return {}
     if not can_fetch():
         raise UserError(f"source={OBJAVERSE}: {missing[0].path} and {len(missing) - 1} more are not there; {INSTALL}")
     lost: dict[str, str] = {}
@@ -264,7 +287,11 @@ def fetch_assets(assets: Sequence[Asset], threads: int = 8) -> list[Asset]:
             progress.update(len(chunk), missing=str(len(lost)))
     for uid, reason in lost.items():
         say(f"{uid} cannot be fetched and is left out: {reason}")
-    return [asset for asset in assets if asset.uid not in lost]
+    return lost
+
+
+def _place(asset: Asset) -> str:
+    return f"glbs/{asset.path.parent.name}/{asset.path.name}"
 
 
 def _fetch_chunk(root: Path, chunk: Sequence[Asset], threads: int) -> dict[str, str]:
@@ -277,7 +304,7 @@ def _fetch_chunk(root: Path, chunk: Sequence[Asset], threads: int) -> dict[str, 
     def one(asset: Asset) -> OSError | None:
         for attempt in range(TRIES):
             try:
-                objaverse._download_object(asset.uid, f"glbs/{asset.path.parent.name}/{asset.path.name}", 0, 0)
+                objaverse._download_object(asset.uid, _place(asset), 0, 0)
                 return None
             except OSError as failed:  # urllib's errors are of this kind
                 error = failed
@@ -297,21 +324,6 @@ def _fetch_chunk(root: Path, chunk: Sequence[Asset], threads: int) -> dict[str, 
 def is_refusal(error: OSError) -> bool:
     """Whether the server answered that it does not give this object; anything else may pass."""
     return isinstance(error, HTTPError) and error.code in (401, 403, 404, 410)
-
-
-def fetched_in_chunks(assets: Sequence[Asset], size: int = CHUNK) -> Iterator[list[Asset]]:
-    """`assets` in lists of `size`, each fetched when it is asked for, so that the disk need not hold all of them.
-
-    What a list made be fetched is deleted when the next is asked for; files that were there before are left alone.
-    """
-    for first in range(0, len(assets), size):
-        chunk = assets[first : first + size]
-        before = {asset.uid for asset in chunk if asset.path.exists()}
-        present = fetch_assets(chunk)
-        yield present
-        for asset in present:
-            if asset.source == SOURCE and asset.uid not in before:
-                asset.path.unlink(missing_ok=True)
 
 
 def say(message: str) -> None:

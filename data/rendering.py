@@ -211,9 +211,10 @@ def render_all(config: RenderConfig) -> None:
     out = Path(config.out)
     blender = find_blender(config.blender)
     assets = select_assets(list_assets(config.source, out / ".assets", config.names), config.select)
-    assets = fetch_assets(assets[: config.limit] if config.limit else assets)
+    assets = assets[: config.limit] if config.limit else assets
     require_writable(out, needed_mb=64)
     version = check_blender(blender)
+    assets = fetch_assets(assets)
     with only_renderer(out):
         prints = {asset.uid: fingerprint(config, asset) for asset in assets}
         missing = [asset for asset in assets if not is_present(out, asset.uid, prints[asset.uid])]

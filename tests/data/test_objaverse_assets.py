@@ -225,6 +225,9 @@ def test_an_object_that_the_server_lacks_costs_that_object_alone(hub: Path, caps
     next(hub.rglob(f"{UIDS[1]}.glb")).unlink()
     assert [asset.uid for asset in fetch_assets(assets)] == [UIDS[0], *UIDS[2:]]
     assert f"{UIDS[1]} cannot be fetched and is left out: HTTP Error 404" in capsys.readouterr().err
+    assert [len(chunk) for chunk in fetched_in_chunks(assets[1:], 1)] == [0, 1, 1]
+    with pytest.raises(UserError, match="none of 1 objects can be fetched"):
+        fetch_assets(assets[1:2])
 
 
 def test_the_disk_need_not_hold_all(hub: Path, tmp_path: Path) -> None:
