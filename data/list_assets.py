@@ -19,7 +19,7 @@ from omegaconf import MISSING
 from conf.cli import check, run
 from data.assets import Asset, list_assets
 from data.files import atomic_file
-from data.selection import SPLITS, SelectConfig, categories_of, select_assets, split_of, with_faces
+from data.selection import SPLITS, SelectConfig, count_categories, select_assets, split_of, with_faces
 
 
 @dataclass
@@ -53,7 +53,7 @@ def summary(assets: Sequence[Asset], splits: Sequence[str], rows: int) -> str:
     faces = [asset.faces for asset in assets if asset.faces is not None]
     lines = [f"{len(assets)} objects"]
     lines += table("licence", Counter(asset.license for asset in assets), rows)
-    lines += table("category", Counter(name for asset in assets for name in categories_of(asset)), rows)
+    lines += table("category", count_categories(Counter(asset.category for asset in assets)), rows)
     lines += table("split", Counter({split: splits.count(split) for split in SPLITS}), rows)
     lines += ["", f"faces, known of {len(faces)}"]
     if faces:

@@ -12,6 +12,7 @@ missing; without it, or with HF_HUB_OFFLINE=1, only what the folder holds is lis
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import importlib.util
 import io
@@ -75,22 +76,35 @@ def list_objaverse(uids_file: Path | None = None, names: Sequence[str] = ()) -> 
             say(f"{listed - len(uids)} of {listed} objects are not in {root} and are left out; {INSTALL}")
     if not uids:
         raise UserError(f"source={OBJAVERSE}: {root} holds none of the objects asked for; {INSTALL}")
-    lvis = read_lvis(root)
     folders: dict[str, list[str]] = {}
     for uid in uids:
         folders.setdefault(paths[uid].split("/")[1], []).append(uid)
     fetch_metadata(root, {folder: inside[0] for folder, inside in folders.items()})
+    return sorted(read_metadata(root, folders, paths), key=lambda asset: asset.uid)
+
+
+def read_metadata(root: Path, folders: dict[str, list[str]], paths: dict[str, str]) -> list[Asset]:
+    """The objects of `folders`, {folder: uids}, with what the metadata files say of them, one file in memory a time."""
+    lvis = read_lvis(root)
     assets, unknown = [], 0
-    with Progress("objaverse metadata", len(folders), "file", show=len(folders) > 10) as progress:
-        for folder, inside in sorted(folders.items()):
-            path = root / "metadata" / f"{folder}.json.gz"
-            facts = read_gz_json(path) if path.exists() else {}
-            unknown += sum(uid not in facts for uid in inside)
-            assets += [_asset(uid, root / paths[uid], path, facts.get(uid, {}), lvis.get(uid, [])) for uid in inside]
-            progress.update()
+    collecting = gc.isenabled()
+    gc.disable()  # the collector would walk each file's million values again and again: a third of the time
+    try:
+        with Progress("objaverse metadata", len(folders), "file", show=len(folders) > 10) as progress:
+            for folder, inside in sorted(folders.items()):
+                path = root / "metadata" / f"{folder}.json.gz"
+                facts = read_gz_json(path) if path.exists() else {}
+                unknown += sum(uid not in facts for uid in inside)
+                assets += [
+                    _asset(uid, root / paths[uid], path, facts.get(uid, {}), lvis.get(uid, [])) for uid in inside
+                ]
+                progress.update()
+    finally:
+        if collecting:
+            gc.enable()
     if unknown:
         say(f"of {unknown} of {len(assets)} objects {root}/metadata says nothing: licence and caption are unknown")
-    return sorted(assets, key=lambda asset: asset.uid)
+    return assets
 
 
 def _asset(uid: str, path: Path, file: Path, facts: Any, lvis: list[str]) -> Asset:

@@ -78,8 +78,18 @@ def matches(pattern: str, text: str) -> bool:
     return True
 
 
-def categories_of(asset: Asset) -> list[str]:
-    return [name.strip() for name in asset.category.split(";")]
+def split_categories(text: str) -> list[str]:
+    """The names in an asset's `category`."""
+    return [name.strip() for name in text.split(";")]
+
+
+def count_categories(texts: Counter[str]) -> Counter[str]:
+    """{name: number of objects} from {an asset's `category`: number of objects}."""
+    counts: Counter[str] = Counter()
+    for text, count in texts.items():
+        for name in split_categories(text):
+            counts[name] += count
+    return counts
 
 
 def select_assets(assets: Sequence[Asset], config: SelectConfig) -> list[Asset]:
@@ -88,14 +98,14 @@ def select_assets(assets: Sequence[Asset], config: SelectConfig) -> list[Asset]:
     UserError for a licence or category that no asset has, and when nothing is left.  Faces are counted in the files,
     of objects that the other filters leave and whose source does not tell; objects of unknown number are kept.
     """
-    known_licenses = Counter(asset.license for asset in assets)
-    known_categories = Counter(name for asset in assets for name in categories_of(asset))
-    licenses = _chosen("licenses", config.licenses, known_licenses)
-    categories = _chosen("categories", config.categories, known_categories)
+    licenses = _chosen("licenses", config.licenses, Counter(asset.license for asset in assets))
+    texts = Counter(asset.category for asset in assets)  # far fewer than assets
+    categories = _chosen("categories", config.categories, count_categories(texts))
+    wanted = {text for text in texts if not categories.isdisjoint(split_categories(text))}
     caption = f"*{config.caption}*"
     filters: list[tuple[str, bool, Callable[[Asset], bool]]] = [
         ("licenses", bool(config.licenses), lambda asset: asset.license in licenses),
-        ("categories", bool(config.categories), lambda asset: not categories.isdisjoint(categories_of(asset))),
+        ("categories", bool(config.categories), lambda asset: asset.category in wanted),
         ("caption", bool(config.caption), lambda asset: matches(caption, asset.caption)),
         ("split", bool(config.split), lambda a: split_of(a.uid, config.val_share, config.test_share) == config.split),
     ]
@@ -127,11 +137,10 @@ def select_by_faces(assets: Sequence[Asset], bounds: Sequence[int | None]) -> tu
 def with_faces(assets: Sequence[Asset]) -> list[Asset]:
     """`assets` with `faces` from the files where the source does not tell it."""
 
-    def counted(asset: Asset) -> Asset:
-        return asset if asset.faces is not None else replace(asset, faces=count_faces(asset.path))
-
+    unknown = [asset for asset in assets if asset.faces is None]
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(counted, assets, chunksize=64))
+        counts = dict(zip((a.uid for a in unknown), pool.map(lambda a: count_faces(a.path), unknown), strict=True))
+    return [replace(a, faces=counts[a.uid]) if counts.get(a.uid) is not None else a for a in assets]
 
 
 def _chosen(key: str, patterns: Sequence[str], known: Counter[str]) -> set[str]:
