@@ -31,8 +31,10 @@ from data.assets import Asset, list_assets
 from data.blender_pool import WORKER, BlenderProcess, ObjectFailed, check_blender, find_blender
 from data.cameras import framing_distance, orbit_camera
 from data.files import UserError, atomic_folder, read_json, require_writable, write_json
+from data.objaverse_assets import fetch_assets
 from data.processes import locked
 from data.progress import Progress
+from data.selection import SelectConfig, select_assets
 
 RADIUS = 0.5  # object units: every object is scaled to a bounding sphere of this radius around the origin
 LEDGER = "render_ledger.jsonl"
@@ -42,9 +44,10 @@ LEDGER = "render_ledger.jsonl"
 class RenderConfig:
     """Settings of `data/render.py`."""
 
-    source: str = ""  # a folder of .glb/.gltf/.obj/.ply files, or a Sweet Home 3D .sh3f library
+    source: str = ""  # a folder of .glb/.gltf/.obj/.ply/.fbx files, a .sh3f library, objaverse or objaverse:UIDS.txt
     out: str = ""  # the views folder
     names: list[str] = field(default_factory=list)  # only these objects (uid or file name without suffix); empty: all
+    select: SelectConfig = field(default_factory=SelectConfig)  # filters and splits (data/selection.py)
     limit: int = 0  # only the first so many objects; 0: all
     resolution: int = 256  # pixels, width and height
     samples: int = 16  # Cycles samples a pixel, before denoising
@@ -207,10 +210,11 @@ def render_all(config: RenderConfig) -> None:
     """Renders what is not there yet; failures cost their object only and are written to the ledger."""
     out = Path(config.out)
     blender = find_blender(config.blender)
-    assets = list_assets(config.source, out / ".assets", config.names)
+    assets = select_assets(list_assets(config.source, out / ".assets", config.names), config.select)
     assets = assets[: config.limit] if config.limit else assets
     require_writable(out, needed_mb=64)
     version = check_blender(blender)
+    assets = fetch_assets(assets)
     with only_renderer(out):
         prints = {asset.uid: fingerprint(config, asset) for asset in assets}
         missing = [asset for asset in assets if not is_present(out, asset.uid, prints[asset.uid])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zipfile
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import assets
-from data.assets import IDENTITY, list_assets, parse_properties, safe_uids
+from data import sweethome
+from data.assets import IDENTITY, list_assets, safe_uids
 from data.files import UserError
+from data.sweethome import parse_properties
 
 CATALOG = r"""# a comment
 id=Lib
@@ -43,7 +45,7 @@ def make_library(path: Path, members: dict[str, bytes] | None = None, catalog: s
     )
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         if catalog is not None:
-            archive.writestr(assets.CATALOG, catalog)
+            archive.writestr(sweethome.CATALOG, catalog)
         for name, content in members.items():
             archive.writestr(name, content)
     return path
@@ -88,15 +90,15 @@ def test_models_cannot_be_written_outside_the_cache(tmp_path: Path, model: str) 
 
 def test_size_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = make_library(tmp_path / "lib.sh3f", {"lib/chair/chair.obj": b"0" * 5000, "lib/lamp/lamp.obj": b"v"})
-    monkeypatch.setattr(assets, "MEMBER_LIMIT", 4000)
+    monkeypatch.setattr(sweethome, "MEMBER_LIMIT", 4000)
     with pytest.raises(UserError, match=r"chair\.obj unpacks to 5000 bytes"):
         list_assets(library, tmp_path / "cache")
-    monkeypatch.setattr(assets, "MEMBER_LIMIT", 6000)
-    monkeypatch.setattr(assets, "OBJECT_LIMIT", 4000)
+    monkeypatch.setattr(sweethome, "MEMBER_LIMIT", 6000)
+    monkeypatch.setattr(sweethome, "OBJECT_LIMIT", 4000)
     with pytest.raises(UserError, match="more than 4000 bytes"):
         list_assets(library, tmp_path / "cache")
-    monkeypatch.setattr(assets, "CATALOG_LIMIT", 10)
-    with pytest.raises(UserError, match=assets.CATALOG):
+    monkeypatch.setattr(sweethome, "CATALOG_LIMIT", 10)
+    with pytest.raises(UserError, match=sweethome.CATALOG):
         list_assets(library, tmp_path / "cache")
 
 
@@ -142,6 +144,41 @@ def test_folder_with_facts(tmp_path: Path) -> None:
     (tmp_path / "assets.json").write_text(json.dumps({"b": {"front_yaw_deg": "left"}}))
     with pytest.raises(UserError, match="front_yaw_deg='left'"):
         list_assets(tmp_path)
+
+
+def test_a_folder_is_searched_in_depth_and_links_are_not_a_way_out(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("a.FBX", "sub/deep/b.ply", "sub/c.gltf", "d.glb.txt", "folder.glb/e.obj"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(b"")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.glb").write_bytes(b"")
+    (source / "linked").symlink_to(tmp_path / "outside")
+    (source / "loop").symlink_to(source)
+    (source / "broken.glb").symlink_to(tmp_path / "nothing.glb")
+    (source / "file.glb").symlink_to(source / "a.FBX")
+    digest = hashlib.sha256(b"folder.glb/e.obj").hexdigest()[:10]  # since the dot alone would be ambiguous
+    assert [asset.uid for asset in list_assets(source)] == [
+        "a",
+        "file",
+        f"folder_glb__e-{digest}",
+        "sub__c",
+        "sub__deep__b",
+    ]
+    assert all(asset.path.is_file() and asset.faces is None for asset in list_assets(source))
+
+
+def test_a_source_called_objaverse_is_the_dataset_unless_it_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "objaverse").mkdir()
+    (tmp_path / "objaverse" / "a.obj").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OBJAVERSE_HOME", str(tmp_path / "none"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert [asset.uid for asset in list_assets("./objaverse")] == ["a"]
+    with pytest.raises(UserError, match=r"object-paths\.json\.gz does not exist"):
+        list_assets("objaverse")
 
 
 @given(st.lists(st.text(min_size=1, max_size=80), min_size=1, max_size=30, unique=True))

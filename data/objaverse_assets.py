@@ -1,0 +1,344 @@
+"""Objaverse 1.0 (arXiv 2212.08051): 798,759 objects in the folder that its `objaverse` package downloads to.
+
+    ~/.objaverse/hf-objaverse-v1/  object-paths.json.gz      {uid: "glbs/000-023/<uid>.glb"}
+                                   metadata/000-023.json.gz  {uid: {"name", "license", "user", "faceCount", ...}}
+                                   lvis-annotations.json.gz  {category: [uid, ...]}, of 46,207 of the objects
+                                   glbs/000-023/<uid>.glb
+
+`OBJAVERSE_HOME` names another folder than ~/.objaverse.  The package (`pip install '.[objaverse]'`) fetches what is
+missing; without it, or with HF_HUB_OFFLINE=1, only what the folder holds is listed.  Nothing in the folder is trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import gzip
+import importlib.util
+import io
+import json
+import os
+import re
+import socket
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+
+from data.assets import OBJAVERSE, Asset
+from data.files import UserError, read_json
+from data.progress import Progress
+
+SOURCE = "Objaverse 1.0"
+OBJECT_PATH = re.compile(r"glbs/(\d{3}-\d{3})/([A-Za-z0-9_-]{1,90})\.glb")
+JSON_LIMIT = 2**30  # bytes of one unpacked .json.gz; the largest, object-paths.json.gz, has about 80 MB
+UIDS_LIMIT = 2**30  # bytes of a list of UIDs
+CHUNK = 500  # objects fetched at a time
+TRIES = 3
+TIMEOUT_S = 60.0  # of a connection that gives nothing
+# Sketchfab's names of the Creative Commons licences, all version 4.0 (https://sketchfab.com/licenses).
+LICENSES = {
+    "cc0": "CC0-1.0", "by": "CC-BY-4.0", "by-sa": "CC-BY-SA-4.0", "by-nd": "CC-BY-ND-4.0", "by-nc": "CC-BY-NC-4.0",
+    "by-nc-sa": "CC-BY-NC-SA-4.0", "by-nc-nd": "CC-BY-NC-ND-4.0",
+}  # fmt: skip
+INSTALL = "pip install '.[objaverse]' where there is a network, or name the download folder in OBJAVERSE_HOME"
+
+
+def download_folder() -> Path:
+    return Path(os.environ.get("OBJAVERSE_HOME") or "~/.objaverse").expanduser() / "hf-objaverse-v1"
+
+
+def list_objaverse(uids_file: Path | None = None, names: Sequence[str] = ()) -> list[Asset]:
+    """The objects of Objaverse, or those in `uids_file`, or those in `names` of these, sorted by uid.
+
+    Where nothing can be fetched, those whose GLB is not in the folder are left out and their number is said; else
+    `fetch_assets` makes the files be there.  UserError for damaged files, and for UIDs that are not in Objaverse.
+    """
+    root = download_folder()
+    given = read_uids(uids_file) if uids_file else []
+    paths = read_object_paths(root)
+    for uid in given:
+        if uid not in paths:
+            raise UserError(f"source={OBJAVERSE}:{uids_file}: {uid!r} is no UID of Objaverse 1.0; remove it")
+    chosen = set(given) or paths.keys()
+    for name in names:
+        if name not in chosen:
+            raise UserError(f"names: {name!r} is no UID of source={OBJAVERSE}:{uids_file or ''}; remove it")
+    uids = sorted(set(names) or chosen)
+    if not can_fetch():
+        there = files_there(root)
+        listed, uids = len(uids), [uid for uid in uids if paths[uid] in there]
+        if len(uids) < listed:
+            say(f"{listed - len(uids)} of {listed} objects are not in {root} and are left out; {INSTALL}")
+    if not uids:
+        raise UserError(f"source={OBJAVERSE}: {root} holds none of the objects asked for; {INSTALL}")
+    folders: dict[str, list[str]] = {}
+    for uid in uids:
+        folders.setdefault(paths[uid].split("/")[1], []).append(uid)
+    fetch_metadata(root, {folder: inside[0] for folder, inside in folders.items()})
+    return sorted(read_metadata(root, folders, paths), key=lambda asset: asset.uid)
+
+
+def read_metadata(root: Path, folders: dict[str, list[str]], paths: dict[str, str]) -> list[Asset]:
+    """The objects of `folders`, {folder: uids}, with what the metadata files say of them, one file in memory a time."""
+    lvis = read_lvis(root)
+    assets, unknown = [], 0
+    collecting = gc.isenabled()
+    gc.disable()  # the collector would walk each file's million values again and again: a third of the time
+    try:
+        with Progress("objaverse metadata", len(folders), "file", show=len(folders) > 10) as progress:
+            for folder, inside in sorted(folders.items()):
+                path = root / "metadata" / f"{folder}.json.gz"
+                facts = read_gz_json(path) if path.exists() else {}
+                unknown += sum(uid not in facts for uid in inside)
+                assets += [
+                    _asset(uid, root / paths[uid], path, facts.get(uid, {}), lvis.get(uid, [])) for uid in inside
+                ]
+                progress.update()
+    finally:
+        if collecting:
+            gc.enable()
+    if unknown:
+        say(f"of {unknown} of {len(assets)} objects {root}/metadata says nothing: licence and caption are unknown")
+    return assets
+
+
+def _asset(uid: str, path: Path, file: Path, facts: Any, lvis: list[str]) -> Asset:
+    """`facts`: of one object, as Sketchfab's API gives them; null stands for unknown.  UserError for other types."""
+
+    def typed(value: Any, key: str, kind: type) -> Any:
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise UserError(f"{file}: {uid}: {key}={str(value)[:80]!r} is no {kind.__name__}; fetch the file again")
+        return kind() if value is None else value
+
+    facts = typed(facts, "entry", dict)
+    user = typed(facts.get("user"), "user", dict)
+    categories = [typed(entry, "categories", dict) for entry in typed(facts.get("categories"), "categories", list)]
+    names = [typed(entry.get("name"), "categories.name", str) for entry in categories]
+    license_ = typed(facts.get("license"), "license", str)
+    faces = facts.get("faceCount")
+    return Asset(
+        uid=uid,
+        path=path,
+        source=SOURCE,
+        caption=_one_line(typed(facts.get("name"), "name", str)),
+        category="; ".join(dict.fromkeys(_one_line(name).replace(";", ",") for name in (*lvis, *names) if name)),
+        license=LICENSES.get(license_.strip().lower(), _one_line(license_)),
+        creator=_one_line(typed(user.get("displayName") or user.get("username"), "user", str)),
+        faces=None if faces is None else max(typed(faces, "faceCount", int), 0),
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:1000]
+
+
+# --- what the folder holds ---
+
+
+def read_uids(path: Path) -> list[str]:
+    """UIDs of a .json list, or of a text file with one a line, where `#` begins a comment."""
+    if path.is_file() and path.stat().st_size > UIDS_LIMIT:
+        raise UserError(f"source={OBJAVERSE}:{path} has more than {UIDS_LIMIT} bytes and is no list of UIDs")
+    if path.suffix == ".json":
+        uids = read_json(path, f"source={OBJAVERSE}")
+    else:
+        try:
+            uids = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"source={OBJAVERSE}:{path} cannot be read ({error}); name a list of UIDs") from None
+        uids = [uid for uid in uids if uid]
+    if not isinstance(uids, list) or not uids or not all(isinstance(uid, str) for uid in uids):
+        raise UserError(f"source={OBJAVERSE}:{path} must hold UIDs: one a line, or a JSON list of strings")
+    return uids
+
+
+def read_gz_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a .json.gz of at most JSON_LIMIT bytes unpacked.  UserError naming the file otherwise."""
+    try:
+        with gzip.open(path, "rb") as file:
+            content = file.read(JSON_LIMIT + 1)
+        if len(content) > JSON_LIMIT:
+            raise UserError(f"{path} unpacks to more than {JSON_LIMIT} bytes; it is not Objaverse's")
+        value = json.loads(content)
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it, so that it is fetched again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object; delete it and fetch it again")
+    return value
+
+
+def read_object_paths(root: Path) -> dict[str, str]:
+    """{uid: path below `root`}, each of which is known not to leave the folder."""
+    path = root / "object-paths.json.gz"
+    if not path.exists() and can_fetch():
+        with package(root) as objaverse:
+            objaverse.load_uids()
+    if not path.exists():
+        raise UserError(f"source={OBJAVERSE}: {path} does not exist; {INSTALL}")
+    paths = read_gz_json(path)
+    for uid, place in paths.items():
+        match = OBJECT_PATH.fullmatch(place) if isinstance(place, str) else None
+        if match is None or match[2] != uid:
+            raise UserError(f"{path}: {uid!r}: {place!r} is not glbs/NNN-NNN/<uid>.glb; delete it and fetch it again")
+    return paths
+
+
+def read_lvis(root: Path) -> dict[str, list[str]]:
+    """{uid: its LVIS categories}; empty where the folder has no such file and it cannot be fetched."""
+    path = root / "lvis-annotations.json.gz"
+    if not path.exists() and can_fetch():
+        with package(root) as objaverse:
+            objaverse.load_lvis_annotations()
+    if not path.exists():
+        say(f"{path} does not exist: LVIS categories are unknown")
+        return {}
+    categories: dict[str, list[str]] = {}
+    for category, uids in read_gz_json(path).items():
+        if not isinstance(uids, list) or not all(isinstance(uid, str) for uid in uids):
+            raise UserError(f"{path}: {category!r} is no list of UIDs; delete it and fetch it again")
+        for uid in uids:
+            categories.setdefault(uid, []).append(category)
+    return categories
+
+
+def files_there(root: Path) -> set[str]:
+    """Paths below `root` of the GLBs in it: one directory read a folder, no `stat` a file."""
+    folders = sorted((root / "glbs").iterdir()) if (root / "glbs").is_dir() else []
+    return {f"glbs/{folder.name}/{name}" for folder in folders if folder.is_dir() for name in os.listdir(folder)}
+
+
+# --- what has to be fetched ---
+
+
+def can_fetch() -> bool:
+    return importlib.util.find_spec("objaverse") is not None and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0")
+
+
+@contextlib.contextmanager
+def package(root: Path) -> Iterator[Any]:
+    """The `objaverse` package, downloading to `root`; UserError when what it is asked for cannot be fetched."""
+    import objaverse
+
+    before, timeout = objaverse._VERSIONED_PATH, socket.getdefaulttimeout()
+    objaverse._VERSIONED_PATH = str(root)  # it has no other way to name a folder
+    socket.setdefaulttimeout(TIMEOUT_S)  # it would wait for ever
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each object
+            yield objaverse
+    except OSError as error:  # urllib's errors are of this kind
+        raise UserError(
+            f"source={OBJAVERSE}: the network gives nothing ({error}); try again, or set HF_HUB_OFFLINE=1 to use what "
+            f"{root} holds"
+        ) from None
+    finally:
+        objaverse._VERSIONED_PATH = before
+        socket.setdefaulttimeout(timeout)
+
+
+def fetch_metadata(root: Path, example: dict[str, str]) -> None:
+    """Fetches the missing of metadata/<folder>.json.gz.  example: {folder: the uid of one object in it}."""
+    missing = {folder: uid for folder, uid in example.items() if not (root / f"metadata/{folder}.json.gz").exists()}
+    if not missing or not can_fetch():
+        return
+    with Progress("fetching metadata", len(missing), "file") as progress:
+        for folder, uid in missing.items():
+            try:
+                with package(root) as objaverse:
+                    objaverse.load_annotations([uid])
+            except BaseException:  # the package writes in place: half a file must not be taken for one
+                (root / f"metadata/{folder}.json.gz").unlink(missing_ok=True)
+                raise
+            progress.update()
+
+
+def fetch_assets(assets: Sequence[Asset], threads: int = 8) -> list[Asset]:
+    """Those of `assets` whose files are there, after fetching from Objaverse what is missing.
+
+    Other sources' are returned as they are.  Objects that the server does not give are named and left out; UserError
+    when none is left, and where the network gives nothing.  What has arrived is kept: the same call goes on from there.
+    """
+    lost = _fetch_missing(assets, threads)
+    left = [asset for asset in assets if asset.uid not in lost]
+    if lost and not left:
+        raise UserError(f"source={OBJAVERSE}: none of {len(lost)} objects can be fetched; give other UIDs")
+    return left
+
+
+def fetched_in_chunks(assets: Sequence[Asset], size: int = CHUNK, threads: int = 8) -> Iterator[list[Asset]]:
+    """`assets` in lists of at most `size`, each fetched when it is asked for: the disk need not hold all of them.
+
+    What was fetched for a list is deleted when the next is asked for; files that were there before are left alone.
+    """
+    for first in range(0, len(assets), size):
+        chunk = assets[first : first + size]
+        fetched = [asset for asset in chunk if asset.source == SOURCE and not asset.path.exists()]
+        lost = _fetch_missing(fetched, threads)
+        yield [asset for asset in chunk if asset.uid not in lost]
+        for asset in fetched:
+            asset.path.unlink(missing_ok=True)
+
+
+def _fetch_missing(assets: Sequence[Asset], threads: int) -> dict[str, str]:
+    """{uid: reason} of those that the server does not give, each of which is also said."""
+    wanted = [asset for asset in assets if asset.source == SOURCE]
+    root = download_folder()
+    there = files_there(root) if wanted else set()
+    missing = [asset for asset in wanted if _place(asset) not in there]
+    if not missing:
+        return {}
+    if not can_fetch():
+        raise UserError(f"source={OBJAVERSE}: {missing[0].path} and {len(missing) - 1} more are not there; {INSTALL}")
+    lost: dict[str, str] = {}
+    with Progress("fetching objects", len(missing), "object") as progress:
+        for first in range(0, len(missing), CHUNK):
+            chunk = missing[first : first + CHUNK]
+            lost |= _fetch_chunk(root, chunk, threads)
+            progress.update(len(chunk), missing=str(len(lost)))
+    for uid, reason in lost.items():
+        say(f"{uid} cannot be fetched and is left out: {reason}")
+    return lost
+
+
+def _place(asset: Asset) -> str:
+    return f"glbs/{asset.path.parent.name}/{asset.path.name}"
+
+
+def _fetch_chunk(root: Path, chunk: Sequence[Asset], threads: int) -> dict[str, str]:
+    """Downloads `chunk`; {uid: reason} of what cannot be had.  UserError when it is the network that gives nothing.
+
+    Through the package's function for one object, which writes beside and renames: `load_objects` gives up all that is
+    left at the first failure, and its pool of processes waits for ever when an error cannot be pickled.
+    """
+
+    def one(asset: Asset) -> OSError | None:
+        for attempt in range(TRIES):
+            try:
+                objaverse._download_object(asset.uid, _place(asset), 0, 0)
+                return None
+            except OSError as failed:  # urllib's errors are of this kind
+                error = failed
+                if is_refusal(error):
+                    break
+                time.sleep(2**attempt)
+        return error
+
+    with package(root) as objaverse, ThreadPoolExecutor(threads) as pool:
+        errors = {asset.uid: error for asset, error in zip(chunk, pool.map(one, chunk), strict=True) if error}
+        network = [error for error in errors.values() if not is_refusal(error)]
+        if len(network) == len(chunk):
+            raise network[0]
+    return {uid: str(error) for uid, error in errors.items()}
+
+
+def is_refusal(error: OSError) -> bool:
+    """Whether the server answered that it does not give this object; anything else may pass."""
+    return isinstance(error, HTTPError) and error.code in (401, 403, 404, 410)
+
+
+def say(message: str) -> None:
+    print(f"objaverse: {message}", file=sys.stderr, flush=True)
