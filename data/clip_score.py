@@ -25,9 +25,10 @@ from torch import Tensor
 
 from conf.cli import check
 from data.files import UserError, content_mark, read_json, write_json
+from data.packing import check_meta
 from data.processes import locked
 from data.progress import Progress
-from data.shards import check_meta, decode_image
+from data.shards import decode_image
 
 SCORES = "scores.json"
 FORMAT = "isotropic3d-scores/1"
@@ -217,7 +218,7 @@ def score_batch(clip: Clip, folders: Sequence[Path], count: int, skipped: dict[s
 
     def read(folder: Path) -> tuple[list[Image.Image], str] | str:
         try:
-            meta = check_meta(folder)
+            meta, _ = check_meta(folder)
             caption = meta.get("caption")
             if not isinstance(caption, str) or not caption.strip():
                 return "it has no caption"

@@ -85,11 +85,8 @@ def pack(views: Path, out: Path, shard_mb: float = 512, image_format: str = "png
             if former is None
             else {k: s for shard in former.shards for k, s in zip(shard.keys, shard.sources, strict=True)}
         )
-        sources = [
-            source
-            for source in map(look_at, folders)
-            if held.get(source.folder.name) != f"{source.mark}.{image_format}"
-        ]
+        found = (check_meta(folder)[1] for folder in folders)
+        sources = [source for source in found if held.get(source.folder.name) != f"{source.mark}.{image_format}"]
         resolutions = {source.resolution for source in sources} | ({former.resolution} if former else set())
         if len(resolutions) > 1:
             raise UserError(
@@ -112,15 +109,16 @@ def pack(views: Path, out: Path, shard_mb: float = 512, image_format: str = "png
 def above_score(views: Path, folders: list[Path], least: float | None) -> list[Path]:
     if least is None:
         return folders
-    scores = read_json(views / "scores.json", "min_clip_score needs data/score.py first")
-    if not isinstance(scores, dict) or not all(isinstance(score, int | float) for score in scores.values()):
-        raise UserError(f"{views}/scores.json is not {{uid: score}}; run python data/score.py views={views} again")
-    if absent := [folder.name for folder in folders if folder.name not in scores]:
-        raise UserError(f"{views}/scores.json lacks {absent[0]}; run python data/score.py views={views} again")
-    kept = [folder for folder in folders if scores[folder.name] >= least]
-    print(f"packing {len(kept)} of {len(folders)} objects: {len(folders) - len(kept)} score below {least}")
+    from data.clip_score import read_scores  # here, since open_clip takes seconds to import
+
+    scores = read_scores(views)
+    kept = [folder for folder in folders if scores.get(folder.name, least - 1) >= least]
+    without = sum(folder.name not in scores for folder in folders)
+    print(f"packing {len(kept)} of {len(folders)} objects: {without} have no score, the others' is below {least}")
     if not kept:
-        raise UserError(f"min_clip_score={least}: no object scores so high; the highest is {max(scores.values()):.3f}")
+        raise UserError(
+            f"min_clip_score={least}: no object scores so high; the highest is {max(scores.values(), default=0):.3f}"
+        )
     return kept
 
 
@@ -133,8 +131,8 @@ def former_manifest(out: Path) -> Manifest | None:
     return manifest
 
 
-def look_at(folder: Path) -> Source:
-    """UserError when the folder is not of one rendered object."""
+def check_meta(folder: Path) -> tuple[dict[str, Any], Source]:
+    """A rendered object's meta.json, and what packing must know of it.  UserError when the folder is not of one."""
     try:
         content = (folder / "meta.json").read_bytes()
         meta = json.loads(content)
@@ -151,7 +149,7 @@ def look_at(folder: Path) -> Source:
         if not MEMBERS.fullmatch(name) or not (folder / name).is_file():
             raise UserError(f"views: {folder} lacks {name!r}; delete the folder and render again")
         sizes.append((folder / name).stat().st_size)
-    return Source(folder, mark(content + json.dumps(sizes).encode()), sum(sizes) + len(content), resolution)
+    return meta, Source(folder, mark(content + json.dumps(sizes).encode()), sum(sizes) + len(content), resolution)
 
 
 def files_of(meta: dict[str, Any]) -> list[str]:

@@ -263,7 +263,9 @@ def test_views_that_cannot_be_packed(tmp_path: Path) -> None:
             pack(tmp_path / "views", out, processes=1)
     assert not list(out.glob("*.tar")) and not (out / "manifest.json").exists()
     (tmp_path / "views" / "object-0_x" / "001.png").write_bytes(good)
-    (tmp_path / "views" / "scores.json").write_text(json.dumps({"object-0_x": 0.1, "object-1_x": 0.3}))
+    objects = {f"object-{n}_x": {"clip_score": 0.1 + 0.2 * n, "of": "x"} for n in range(2)}
+    scores = {"format": "isotropic3d-scores/1", "encoder": "x", "pictures": 1, "objects": objects}
+    (tmp_path / "views" / "scores.json").write_text(json.dumps(scores))
     assert pack(tmp_path / "views", out, processes=1, min_clip_score=0.2).shards[0].keys == ["object-1_x"]
     with pytest.raises(UserError, match=r"no object scores so high; the highest is 0\.300"):
         pack(tmp_path / "views", out, processes=1, min_clip_score=0.5)

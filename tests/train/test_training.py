@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 from wandb.proto import wandb_internal_pb2
 
 from data.files import UserError
+from data.packing import pack
+from data.shards import read_manifest
 from models.checkpoint import load_export
 from models.image_encoder import load_image_encoder_folder
 from train.config import TrainConfig
@@ -301,3 +303,74 @@ def test_an_adapter_trains_alone_and_resumes(quiet, tiny, tmp_path) -> None:
     adapter_size = sum(t.numel() for t in load_file(whole / "export/lora/pytorch_lora_weights.safetensors").values())
     saved = sum(f.stat().st_size for f in (whole / "checkpoints" / "step_00000004").rglob("*") if f.is_file())
     assert saved < 30 * adapter_size + 500_000 < sum(t.numel() for t in before.values()), "frozen weights are not saved"
+
+
+def spoil(tiny: Path, target: Path, uid: str) -> Path:
+    """A copy of the shards with a bit of one object's pictures flipped."""
+    shutil.copytree(tiny / "shards", target)
+    shard = next(shard for shard in read_manifest(target).shards if uid in shard.keys)
+    content = bytearray((target / shard.name).read_bytes())
+    begin = shard.offsets[shard.keys.index(uid)]
+    for place in range(begin, begin + shard.sizes[shard.keys.index(uid)]):
+        if content[place : place + 4] == b"IDAT":
+            content[place + 6] ^= 1
+    (target / shard.name).write_bytes(bytes(content))
+    return target
+
+
+def test_damaged_objects_are_counted_and_too_many_stop_the_run(tiny, tmp_path) -> None:
+    shards = spoil(tiny, tmp_path / "shards", "object2")
+    done = train(tiny, tmp_path / "on", f"data.shards={shards}", "data.max_damaged=0.3", "steps=3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "on" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-2]["damaged_objects"] == 1 and "damaged: object2: shards: " in done.stdout
+    (line,) = (tmp_path / "on" / "damaged.jsonl").read_text().splitlines()
+    assert json.loads(line)["uid"] == "object2" and "CRC-32" in json.loads(line)["reason"]
+    done = train(tiny, tmp_path / "off", f"data.shards={shards}", "steps=3")
+    assert done.returncode != 0 and not (tmp_path / "off" / "export").exists()
+    words = "1 of 4 objects are damaged, more than data.max_damaged=0.01"
+    assert words in done.stderr and "shard-000000.tar, object object2" in done.stderr, done.stderr[-3000:]
+    (shards / "shard-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"are damaged.*\n  shards: .*shard-000001\.tar is missing"):
+        set_up(composed(1, tiny, tmp_path / "missing", f"data.shards={shards}"))
+
+
+def test_changed_shards_are_refused_or_adopted_at_the_next_epoch(tiny, tmp_path) -> None:
+    shutil.copytree(tiny / "shards", tmp_path / "shards")
+    given = [f"data.shards={tmp_path}/shards", "model.unet.from_scratch=true"]
+    done = train(tiny, tmp_path / "run", *given, "steps=2", processes=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    more = tmp_path / "views" / "object9"
+    shutil.copytree(tiny / "views" / "object0", more)
+    meta = json.loads((more / "meta.json").read_text()) | {"uid": "object9"}
+    (more / "meta.json").write_text(json.dumps(meta))
+    pack(tmp_path / "views", tmp_path / "shards", processes=1)
+    with pytest.raises(UserError, match=r"another data\.shards .*; data\.on_change=adopt takes changed shards"):
+        set_up(composed(1, tiny, tmp_path / "run", *given, "steps=4"))
+    done = train(tiny, tmp_path / "run", *given, "steps=4", "data.on_change=adopt", processes=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000004" / "state.json").read_text())
+    assert [(span["first"], span["epoch"]) for span in state["spans"]] == [(0, 0), (8, 2)]
+    done = train(tiny, tmp_path / "run", *given, "steps=5", processes=1)
+    assert done.returncode == 0 and "going on from" in done.stdout, done.stderr[-3000:]
+
+
+def test_latents_computed_ahead_train_as_pictures_do(tiny, quiet, tmp_path) -> None:
+    parts = [f"autoencoder.weights={tiny}/parts/vae", f"image_encoder.weights={tiny}/parts/image_encoder"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", "data/precompute.py", *parts,
+               f"shards={tiny}/shards", f"out={tmp_path}/latents", "image_size=32", "dtype=float32"]  # fmt: skip
+    for _ in range(2):  # the second time there is nothing left to do
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0 and "latents of 4 objects" in done.stdout, done.stderr[-3000:]
+    done = train(tiny, tmp_path / "run", f"data.shards={tmp_path}/latents")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(losses(quiet), rel=1e-3)
+    encoder = load_image_encoder_folder(tiny / "parts" / "image_encoder")
+    encoder.visual.proj.data.mul_(1.001)
+    encoder.save_pretrained(tmp_path / "other")
+    stale = [f"data.shards={tmp_path}/latents", f"model.image_encoder.weights={tmp_path}/other"]
+    with pytest.raises(UserError, match="holds latents of other encoders than"):
+        set_up(composed(1, tiny, tmp_path / "stale", *stale))
+    with pytest.raises(UserError, match=r"holds latents of 32 px and data\.image_size=64"):
+        set_up(composed(1, tiny, tmp_path / "stale", stale[0], "data.image_size=64"))
