@@ -27,8 +27,9 @@ from conf.cli import check
 from data.files import require_writable
 
 DIGEST_BYTES = 32
-# A process looks at all the files once it has written SCAN_SHARE of the limit, and then deletes down to KEEP_SHARE.  So
-# P processes keep less than limit x (KEEP_SHARE + P x SCAN_SHARE), plus what they write during one such look.
+# A process looks at all the files once it has written SCAN_SHARE of the limit, and deletes down to KEEP_SHARE.  While
+# another one does so it goes on, but writes no more than twice its share.  So P processes with ranges of R bytes never
+# keep more than limit x (KEEP_SHARE + 2 x P x SCAN_SHARE) + P x R; usually it is the limit, since they look in turn.
 SCAN_SHARE, KEEP_SHARE = 0.02, 0.95
 TOUCH_S = 60.0  # a file used again is marked as used when its mark is older than this: a write fewer at most reads
 STALE_S = 3600.0  # a temporary file as old as this was left by a process that was killed
@@ -85,12 +86,17 @@ class RangeCache:
         return None
 
     def put(self, key: list[str | int], content: bytes) -> None:
+        """Keeps `content`, unless it is more than the limit or another process has not done deleting."""
         self._begin_process()
         if self._off or len(content) > self.limit:
             return
-        path = self._path(key)
+        share, path = SCAN_SHARE * self.limit, self._path(key)
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
+            if self._written >= share and self._evict():
+                self._written = 0.0
+            if self._written > 2 * share:
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with open(temporary, "xb") as file:
@@ -100,8 +106,6 @@ class RangeCache:
             finally:
                 temporary.unlink(missing_ok=True)
             self._written += DIGEST_BYTES + len(content)
-            if self._written >= SCAN_SHARE * self.limit and self._evict():
-                self._written = 0.0
         except OSError as error:
             self._turn_off(error)
 
@@ -126,7 +130,7 @@ class RangeCache:
         )
 
     def _evict(self) -> bool:
-        """False when another process is at it."""
+        """False when another process is at it, which is not waited for."""
         with open(self.folder / ".lock", "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
