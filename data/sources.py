@@ -4,9 +4,9 @@ Training reads one sample at a time, a byte range of a shard (data/shards.py), i
 is tried again and then named; what cannot is named at once.
 
 http(s) goes through the standard library's client, with one open connection a thread and process.  fsspec's
-HTTPFileSystem was tried in its place: it cannot be used in a forked worker when its parent has used it, it takes the
-whole file from a server that ignores ranges, and it is slower (tests/benchmarks/bench_sources.py).  Object stores go
-through fsspec, with one file system a process.
+HTTPFileSystem (2026.9) was tried in its place: from a server that ignores ranges it takes the whole file and returns it
+as the range, an instance from before a fork raises in the child, and it is slower (tests/benchmarks/bench_sources.py).
+Object stores go through fsspec, with one file system a process.
 """
 
 from __future__ import annotations
@@ -369,7 +369,7 @@ def content_range(reply: http.client.HTTPResponse) -> tuple[int, int, int]:
 def read_body(reply: http.client.HTTPResponse, count: int, deadline: float) -> bytes:
     content = bytearray()
     while len(content) < count:
-        part = reply.read1(min(count - len(content), 2**20))
+        part = reply.read1(min(count - len(content), 2**18))
         if not part:
             raise TransientError(f"the connection ended after {len(content)} of {count} bytes")
         content += part

@@ -1,4 +1,7 @@
-"""A web server with every vice: `python tests/data/range_server.py FOLDER PORT`.  Prints its port; the path chooses.
+"""A web server with every vice: `python tests/data/range_server.py FOLDER PORT [PEM]`.  Prints its port.
+
+With a PEM file (certificate and key) it speaks https.  It is a proxy for http and, by CONNECT, for https.  The path
+chooses:
 
 /plain/NAME serves ranges; /ignore/ always sends the whole file; /busy/N/ is unavailable, /half/N/ hangs up midway and
 /stall/N/ stops midway the first N times; /drip/ sends a byte at a time; /shifted/ sends other bytes than it was asked
@@ -12,6 +15,9 @@ import collections
 import json
 import os
 import re
+import select
+import socket
+import ssl
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,6 +50,20 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[start : start + 65536])
             COUNTS["bytes"] += len(body[start : start + 65536])
 
+    def do_CONNECT(self) -> None:
+        COUNTS["connects"] += 1
+        self.send_response(200)
+        self.end_headers()
+        host, _, port = self.path.partition(":")
+        with socket.create_connection((host, int(port))) as upstream:
+            other = {upstream: self.connection, self.connection: upstream}
+            while True:
+                for source in select.select(list(other), [], [])[0]:
+                    if not (content := source.recv(65536)):
+                        self.close_connection = True
+                        return
+                    other[source].sendall(content)
+
     def do_GET(self) -> None:
         COUNTS["requests"] += 1
         # With a proxy the whole URL is asked for.
@@ -62,18 +82,21 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(503, b"later")
         if not (FOLDER / name).is_file():
             return self.answer(404, b"none")
-        self.serve(vice, numbers, (FOLDER / name).read_bytes())
+        self.serve(vice, numbers, FOLDER / name)
 
-    def serve(self, vice: str, numbers: list[str], content: bytes) -> None:
+    def serve(self, vice: str, numbers: list[str], path: Path) -> None:
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if vice == "ignore" or not asked:
-            return self.answer(200, content)
-        first, last = int(asked[1]), min(int(asked[2]), len(content) - 1)
+            return self.answer(200, path.read_bytes())
+        size = path.stat().st_size
+        first, last, shift = int(asked[1]), min(int(asked[2]), size - 1), 7 if vice == "shifted" else 0
         if first > last:
-            return self.answer(416, Content_Range=f"bytes */{len(content)}")
-        body, shift = content[first : last + 1], 7 if vice == "shifted" else 0
+            return self.answer(416, Content_Range=f"bytes */{size}")
+        with open(path, "rb") as file:
+            file.seek(first)
+            body = file.read(last + 1 - first)
         self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first + shift}-{last + shift}/{len(content)}")
+        self.send_header("Content-Range", f"bytes {first + shift}-{last + shift}/{size}")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if vice == "drip":
@@ -93,5 +116,9 @@ class Handler(BaseHTTPRequestHandler):
 
 server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler)
 server.daemon_threads = True
+if len(sys.argv) > 3:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(sys.argv[3])
+    server.socket = context.wrap_socket(server.socket, server_side=True)
 print(server.server_address[1], flush=True)
 server.serve_forever()

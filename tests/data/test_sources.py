@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
+import ipaddress
 import json
 import multiprocessing
 import os
@@ -22,6 +24,9 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -339,6 +344,41 @@ def test_a_proxy_is_gone_through(server: str, monkeypatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert ShardFolder("http://shards.invalid/plain").read("a.tar", 3, 9) == CONTENT[3:12]
     assert counts(server)["proxied"] == 1
+
+
+def certificate(path: Path) -> Path:
+    """A self-signed one for 127.0.0.1, with its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(now - day).not_valid_after(now + day)
+    signed = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(signed.public_bytes(serialization.Encoding.PEM) + private)
+    return path
+
+
+def test_https_with_a_certificate_that_is_known_and_through_a_proxy(
+    folder: Path, server: str, tmp_path: Path, monkeypatch
+) -> None:
+    pem = str(certificate(tmp_path / "server.pem"))
+    with running(sys.executable, str(SERVER), str(folder), "0", pem) as (address, _):
+        shards = ShardFolder(f"https://{address}/plain")
+        with pytest.raises(UserError, match="certificate is not valid"):
+            shards.read("a.tar", 3, 9)
+        monkeypatch.setenv("SSL_CERT_FILE", pem)
+        sources._kept.connections = {}  # they have read the list of certificates
+        for offset in range(10):
+            assert shards.read("a.tar", offset, 9999) == CONTENT[offset : offset + 9999]
+        monkeypatch.setenv("https_proxy", server)
+        before = counts(server).get("connects", 0)
+        for offset in range(10):
+            assert shards.read("a.tar", offset, 9999) == CONTENT[offset : offset + 9999]
+        assert counts(server)["connects"] == before + 1
 
 
 # Processes
