@@ -22,8 +22,9 @@ from data.assets import list_assets
 from data.blender_pool import PACKAGES, check_blender, find_blender, script_command
 from data.contact_sheet import write_contact_sheet
 from data.files import UserError, write_json
+from data.processes import locked
 from data.render_ledger import Verdict, ledger_path, read_verdicts, verdict_table, write_verdict
-from data.render_parts import in_part, which_part
+from data.render_parts import in_part, only_renderer, shared_lock, which_part
 from data.rendering import FIXED_LIGHT, RADIUS, RenderConfig, fingerprint, plan_light, plan_views
 
 ROOT = Path(__file__).parents[2]
@@ -202,6 +203,31 @@ def test_the_part_is_the_array_task(tmp_path: Path) -> None:
         which_part(7, 4, {})
     with pytest.raises(UserError, match=r"part=5 is not within 0..2.*give part= and parts="):
         which_part(None, None, {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "3"})
+
+
+def test_parts_leave_each_other_alone(tmp_path: Path) -> None:
+    """What a part finds half done is removed where it is its own; parts of another division are kept out."""
+    halves: tuple[list[str], list[str]] = ([], [])
+    for uid in (f"o{number}" for number in range(20)):
+        halves[in_part(uid, 1, 2)].append(uid)
+        (tmp_path / f".{uid}.0123abcd.tmp").mkdir()
+        (tmp_path / uid).mkdir()
+    with only_renderer(tmp_path, 0, 2):
+        assert {path.name.split(".")[1] for path in tmp_path.glob(".*.tmp")} == set(halves[1])
+        with (
+            pytest.raises(UserError, match="in use by renderers with parts=2, not parts=3"),
+            only_renderer(tmp_path, 1, 3),
+        ):
+            pass
+        with only_renderer(tmp_path, 1, 2):
+            assert not list(tmp_path.glob(".*.tmp"))
+    with only_renderer(tmp_path, 1, 3), pytest.raises(UserError, match="is in use by process parts=3"):  # noqa: SIM117
+        with locked(tmp_path, wait_s=0.1):
+            pass
+    with locked(tmp_path), pytest.raises(UserError, match="a renderer of all objects"):  # noqa: SIM117
+        with shared_lock(tmp_path, "parts=2", wait_s=0.1):
+            pass
+    assert len(list(tmp_path.glob("o*"))) == 20
 
 
 def test_the_contact_sheet_escapes_what_assets_say(tmp_path: Path) -> None:
