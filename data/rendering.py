@@ -51,7 +51,7 @@ FIXED_LIGHT = {
 }
 CAMERA_SETTINGS = (
     "rings", "views_per_ring", "references", "reference_azimuth_deg", "eval_views", "eval_elevation_deg",
-    "eval_reference_azimuth_deg", "elevation_deg", "fov_deg", "framing", "normals", "depth", "seed",
+    "eval_reference_azimuth_deg", "elevation_deg", "fov_deg", "framing", "normals", "depth",
 )  # fmt: skip
 QUALITY_SETTINGS = ("resolution", "samples", "denoise", "max_bounces", "diffuse_bounces", "glossy_bounces")
 LIMIT_SETTINGS = ("min_coverage", "reject_border", "object_limit_s", "object_limit_gb")
@@ -227,10 +227,12 @@ def fingerprint(config: RenderConfig, asset: Asset) -> str:
     """
     facts = {
         "settings": {name: getattr(config, name) for name in CAMERA_SETTINGS + QUALITY_SETTINGS},
+        "seed": str(config.seed),
         "light": plan_light(config, asset.uid),
         "asset": [asset.uid, asset.path.name, asset.path.stat().st_size, asset.front_yaw_deg, asset.rotation],
         "code": code_mark(),
     }
+    facts = json.loads(json.dumps(facts), parse_int=float)  # 90 and 90.0 are the same setting
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 

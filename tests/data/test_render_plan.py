@@ -158,7 +158,15 @@ def test_the_fingerprint_changes_with_what_changes_the_pictures(tmp_path: Path) 
         {"denoise": False}, {"rings": 3}, {"eval_elevation_deg": 5}, {"elevation_deg": [0, 1]},
     ):  # fmt: skip
         assert fingerprint(config(**changes), asset) != plain, changes
-    for changes in ({"processes": 3}, {"device": "cpu"}, {"retry": True}, {"object_limit_gb": 2}, {"parts": 2}):
+    for changes in (
+        {"processes": 3},
+        {"device": "cpu"},
+        {"retry": True},
+        {"object_limit_gb": 2},
+        {"parts": 2},
+        {"reference_azimuth_deg": 90.0},
+        {"eval_elevation_deg": 15},
+    ):
         assert fingerprint(config(**changes), asset) == plain, changes
 
 
