@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -23,6 +24,10 @@ REMEDY = "run `make blender`, or install Blender >= 4.2 and put it on the PATH, 
 
 class ObjectFailed(Exception):
     """One object could not be rendered; the others can."""
+
+
+class ObjectRejected(Exception):
+    """One object could be rendered, and is not wanted."""
 
 
 def find_blender(setting: str = "auto") -> Path:
@@ -48,23 +53,39 @@ def script_command(blender: Path, script: Path) -> list[str]:
     return [str(blender), "-b", "--factory-startup", "-Y", "-P", str(script), "--"]
 
 
-def check_blender(blender: Path) -> str:
-    """Starts Blender once and returns its version; UserError with the remedy when it cannot start."""
-    code = "import bpy; print('blender', bpy.app.version_string)"
-    is_python = blender.name.startswith("python")
-    command = [str(blender), "-c", code] if is_python else [str(blender), "-b", "--version"]
+def check_blender(blender: Path, device: str = "auto") -> tuple[str, str]:
+    """Starts Blender once: its version, and what `device` (auto, cpu, gpu) means: "CPU" or the GPUs' Cycles backend.
+
+    UserError with the remedy when it cannot start, or finds no GPU for device=gpu.
+    """
+    command = [*script_command(blender, WORKER), "--check", device]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{blender} does not start: {error}; {REMEDY}") from None
-    if done.returncode != 0:
+    told = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("blender ", "device ")))
+    if done.returncode == 3 and "blender" in told:
+        reason = done.stdout.strip().splitlines()[-1].removeprefix("no device: ")
+        raise UserError(f"device={device}: {reason}; give device=cpu, or device=auto to take what there is")
+    if done.returncode != 0 or len(told) < 2:
         reason = " ".join((done.stderr or done.stdout).strip().splitlines()[-1:])
         if "cannot open shared object file" in done.stderr:
             raise UserError(
                 f"Blender lacks a system library: {reason}; on Debian or Ubuntu: apt-get install {PACKAGES}"
             )
         raise UserError(f"{blender} does not start: {reason}; {REMEDY}")
-    return done.stdout.strip().splitlines()[-1]
+    return f"blender {told['blender']}", told["device"]
+
+
+def memory_gb(pid: int) -> float:
+    """Resident memory of a process and its descendants in GiB; 0 when it has ended, or where there is no /proc."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        lists = [(task / "children").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except (OSError, IndexError):
+        return 0.0
+    own = pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return own + sum(memory_gb(int(child)) for children in lists for child in children.split())
 
 
 class BlenderProcess:
@@ -91,23 +112,38 @@ class BlenderProcess:
                 start_new_session=True,  # Ctrl-C reaches us, and we stop the workers
             )
 
-    def render(self, job: dict[str, Any], limit_s: float, on_view: Callable[[], None]) -> None:
-        """Renders one job (see blender_worker.py); ObjectFailed on an error, a crash or after `limit_s`."""
+    def render(
+        self, job: dict[str, Any], limit_s: float, limit_gb: float, on_view: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Renders one job and returns the worker's last result (see blender_worker.py).
+
+        ObjectFailed on an error, a crash, after `limit_s` or above `limit_gb`; ObjectRejected when it is not wanted.
+        """
+        if self.process is not None and memory_gb(self.process.pid) > limit_gb / 2:
+            self.stop()  # what objects before left behind is not to be held against this one
         if self.process is None or self.process.poll() is not None:
             self.process = self.start()
         os.truncate(self.log, 0)
         try:
-            error = self.follow(self.process, job, limit_s, on_view)
+            result = self.follow(self.process, job, limit_s, limit_gb, on_view)
         except BaseException:  # a crash, a hang, an interruption: the next object gets a new process
             self.stop()
             raise
-        if error:
-            raise ObjectFailed(error)
+        if result["status"] == "rejected":
+            raise ObjectRejected(str(result["error"]))
+        if result["status"] != "done":
+            raise ObjectFailed(str(result["error"]))
+        return result
 
     def follow(
-        self, process: subprocess.Popen[str], job: dict[str, Any], limit_s: float, on_view: Callable[[], None]
-    ) -> str:
-        """Hands over the job and waits for its end.  Returns the worker's own error, "" when it rendered all."""
+        self,
+        process: subprocess.Popen[str],
+        job: dict[str, Any],
+        limit_s: float,
+        limit_gb: float,
+        on_view: Callable[[], None],
+    ) -> dict[str, Any]:
+        """Hands over the job and waits for its end."""
         deadline = time.monotonic() + limit_s
         assert process.stdin is not None
         try:
@@ -119,12 +155,14 @@ class BlenderProcess:
             running = process.poll() is None  # asked before reading: what it wrote before its end is read
             for result in self.new_results():
                 if "view" not in result:
-                    return str(result.get("error", ""))
+                    return result
                 on_view()
             if not running:
                 raise ObjectFailed(f"Blender ended with status {process.returncode}: {self.last_words()}")
             if time.monotonic() > deadline:
                 raise ObjectFailed(f"took longer than object_limit_s={limit_s:g}")
+            if (used := memory_gb(process.pid)) > limit_gb:
+                raise ObjectFailed(f"took {used:.1f} GiB of memory, more than object_limit_gb={limit_gb:g}")
             time.sleep(0.02)
 
     def new_results(self) -> list[dict[str, Any]]:
@@ -143,7 +181,8 @@ class BlenderProcess:
         """May be called from another thread than `render`, which then fails."""
         process, self.process = self.process, None
         if process is not None:
-            process.kill()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its session, for `blender` may be a script around the program
             process.wait()
             if process.stdin is not None:
                 with contextlib.suppress(OSError):

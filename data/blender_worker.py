@@ -1,25 +1,32 @@
 """Runs inside Blender and imports nothing of ours: renders the views of one object after another.
 
 Started as `python blender_worker.py RESULTS [JOBS]` with the bpy module, or as
-`blender -b -P blender_worker.py -- RESULTS [JOBS]`.
+`blender -b -P blender_worker.py -- RESULTS [JOBS]`.  With `--check DEVICE` instead it says what it would render with.
 Jobs are JSON lines from the file JOBS or from stdin, until it ends; results are JSON lines appended to the file RESULTS
 (Blender itself writes what it likes to stdout).
 
-Job: {"uid", "path", "front_yaw_deg", "rotation": 9 floats, "resolution", "samples", "folder",
-"views": [{"file", "c2w": 4x4 rows, "fov_deg"}]}.
-Results: {"uid", "view": index} after each picture; at the end {"uid", "status": "done"} or
-{"uid", "status": "failed", "error"}.
+Job: {"uid", "path", "front_yaw_deg", "rotation": 9 floats, "faces": [lowest, highest] or nulls, "folder",
+"device": "CPU" or a Cycles GPU backend, "resolution", "samples", "denoise", "max_bounces", "diffuse_bounces",
+"glossy_bounces", "light": {"sky", "suns": [{"towards", "strength", "angle_deg"}]}, "depth_scale",
+"views": [{"file", "c2w": 4x4 rows, "fov_deg"} and, where wanted, "normal" and "depth": more files]}.
+Results: {"uid", "view": index} after each view; at the end {"uid", "status": "done", "faces"} or
+{"uid", "status": "rejected" or "failed", "error"}.
 
 World: z up, the object's bounding-box centre at the origin, its farthest vertex at distance 0.5, its front facing +x.
-An object's file is glTF-like (y up, front +Z), which Blender's importers turn into z up and front -y; PLY is read as it
-is, z up and front -y.
+An object's file is glTF-like (y up, front +Z), which Blender's importers turn into z up and front -y (FBX says its own
+axes); PLY is read as it is, z up and front -y.
+
+Normals: 8-bit RGBA, (n + 1) / 2 * 255 in the view's own camera space (x right, y up, z towards the camera), alpha as in
+the picture.  Depth: 16-bit grey, the distance along the camera's -z in steps of `depth_scale` object units; 0: nothing.
 """
 
 import json
 import math
 import os
+import struct
 import sys
 import traceback
+import zlib
 from pathlib import Path
 
 import bpy
@@ -28,6 +35,33 @@ from mathutils import Matrix, Vector
 
 RADIUS = 0.5
 Y_UP_TO_Z_UP = Matrix(((1, 0, 0), (0, 0, -1), (0, 1, 0)))
+GPU_BACKENDS = ("OPTIX", "CUDA", "HIP", "METAL", "ONEAPI")  # the faster first, where a GPU has two
+NOTHING = 1e9  # Cycles' depth of a pixel without surface is 1e10
+
+
+class Rejected(Exception):
+    """The object is not wanted."""
+
+
+def find_device(wanted):
+    """cpu, gpu or auto -> "CPU" or the Cycles backend of this machine's GPUs; ValueError when there is none for gpu."""
+    cycles = bpy.context.preferences.addons["cycles"].preferences
+    built = {kind for kind, *_ in cycles.get_device_types(bpy.context)}
+    for kind in GPU_BACKENDS if wanted != "cpu" else ():
+        if kind in built and any(device.type == kind for device in cycles.get_devices_for_type(kind)):
+            return kind
+    if wanted == "gpu":
+        raise ValueError(f"Cycles finds no GPU here (it looked for {' '.join(k for k in GPU_BACKENDS if k in built)})")
+    return "CPU"
+
+
+def use_device(scene, device):
+    scene.cycles.device = "CPU" if device == "CPU" else "GPU"
+    if device != "CPU":
+        cycles = bpy.context.preferences.addons["cycles"].preferences
+        cycles.compute_device_type = device
+        for found in cycles.get_devices_for_type(device):
+            found.use = found.type == device
 
 
 def import_object(path):
@@ -38,8 +72,10 @@ def import_object(path):
         bpy.ops.wm.obj_import(filepath=path, forward_axis="NEGATIVE_Z", up_axis="Y")
     elif suffix == ".ply":
         bpy.ops.wm.ply_import(filepath=path, forward_axis="Y", up_axis="Z")
+    elif suffix == ".fbx":
+        bpy.ops.import_scene.fbx(filepath=path, use_anim=False, use_image_search=False)
     else:
-        raise ValueError(f"{suffix} is not one of .glb .gltf .obj .ply")
+        raise ValueError(f"{suffix} is not one of .glb .gltf .obj .ply .fbx")
     if suffix == ".obj":
         read_mtl_colours_as_srgb()
     for thing in list(bpy.data.objects):
@@ -76,6 +112,18 @@ def world_vertices():
         matrix = np.array(instance.matrix_world, dtype=np.float64)
         pieces.append(points @ matrix[:3, :3].T + matrix[:3, 3])
     return np.concatenate(pieces) if pieces else np.zeros((0, 3))
+
+
+def count_faces():
+    """Polygons, modifiers and instances applied."""
+    instances = bpy.context.evaluated_depsgraph_get().object_instances
+    return sum(len(each.object.data.polygons) for each in instances if each.object.type == "MESH")
+
+
+def check_faces(faces, lowest, highest):
+    if (lowest is not None and faces < lowest) or (highest is not None and faces > highest):
+        bounds = f"{'any' if lowest is None else lowest}..{'any' if highest is None else highest}"
+        raise Rejected(f"has {faces} faces, outside {bounds}")
 
 
 def normalise(front_yaw_deg, rotation):
@@ -125,52 +173,141 @@ def is_coloured(material):
     return socket.is_linked or min(socket.default_value[:3]) < 0.7
 
 
-def light():
-    """A white sky and two broad suns fixed in the world: a white diffuse face that looks up reaches about 1.0."""
+def light(sky, suns):
+    """A white sky and broad suns, each shining from `towards`; strengths as Blender's (W/m2 for a sun)."""
     world = bpy.data.worlds.new("world")
     world.use_nodes = True
     world.node_tree.nodes["Background"].inputs["Color"].default_value = (1, 1, 1, 1)
-    world.node_tree.nodes["Background"].inputs["Strength"].default_value = 0.55
+    world.node_tree.nodes["Background"].inputs["Strength"].default_value = sky
     bpy.context.scene.world = world
-    for name, strength, towards in (("key", 1.6, (0.6, 0.5, 1.0)), ("fill", 0.6, (-0.8, -0.6, 0.5))):
-        sun = bpy.data.lights.new(name, "SUN")
-        sun.energy, sun.angle = strength, math.radians(40)
-        lamp = bpy.data.objects.new(name, sun)
-        lamp.rotation_euler = Vector(towards).to_track_quat("Z", "Y").to_euler()
+    for each in suns:
+        sun = bpy.data.lights.new("sun", "SUN")
+        sun.energy, sun.angle = each["strength"], math.radians(each["angle_deg"])
+        lamp = bpy.data.objects.new("sun", sun)
+        lamp.rotation_euler = Vector(each["towards"]).to_track_quat("Z", "Y").to_euler()
         bpy.context.scene.collection.objects.link(lamp)
 
 
-def prepare_scene(resolution, samples):
-    """Cycles on one CPU thread, transparent film, plain sRGB, nothing in the PNG that changes from run to run."""
+def prepare_scene(job):
+    """Cycles (on the CPU with one thread), transparent film, nothing in the files that changes from run to run."""
     scene = bpy.context.scene
     scene.render.engine = "CYCLES"
-    scene.cycles.device = "CPU"
-    scene.cycles.samples = samples
+    use_device(scene, job["device"])
+    scene.cycles.samples = job["samples"]
     scene.cycles.seed = 0
     scene.cycles.use_adaptive_sampling = False
-    scene.cycles.use_denoising = True
+    scene.cycles.use_denoising = job["denoise"]
     scene.cycles.denoiser = "OPENIMAGEDENOISE"
     scene.cycles.denoising_quality = scene.cycles.denoising_prefilter = "FAST"
-    scene.cycles.max_bounces, scene.cycles.diffuse_bounces, scene.cycles.glossy_bounces = 6, 2, 2
+    scene.cycles.max_bounces = job["max_bounces"]
+    scene.cycles.diffuse_bounces, scene.cycles.glossy_bounces = job["diffuse_bounces"], job["glossy_bounces"]
     scene.cycles.caustics_reflective = scene.cycles.caustics_refractive = False
     scene.render.threads_mode, scene.render.threads = "FIXED", 1
     scene.render.use_persistent_data = True
     scene.render.film_transparent = True
-    scene.render.resolution_x = scene.render.resolution_y = resolution
+    scene.render.resolution_x = scene.render.resolution_y = job["resolution"]
     scene.render.resolution_percentage = 100
-    scene.render.image_settings.file_format = "PNG"
-    scene.render.image_settings.color_mode = "RGBA"
-    scene.render.image_settings.color_depth = "8"
-    scene.view_settings.view_transform = "Standard"
     for name in dir(scene.render):
         if name.startswith("use_stamp"):
             setattr(scene.render, name, False)
+    layer = bpy.context.view_layer
+    layer.use_pass_normal = any("normal" in view for view in job["views"])
+    layer.use_pass_z = any("depth" in view for view in job["views"])
+    write_pictures(scene)
+    return scene, add_camera(scene)
+
+
+def add_camera(scene):
     camera = bpy.data.objects.new("camera", bpy.data.cameras.new("camera"))
     camera.data.sensor_fit = "VERTICAL"
     camera.data.clip_start, camera.data.clip_end = 0.01, 1000
     scene.collection.objects.link(camera)
     scene.camera = camera
-    return scene, camera
+    return camera
+
+
+def write_pictures(scene):
+    """What the renderer writes from now on: 8-bit RGBA PNG, plain sRGB."""
+    settings = scene.render.image_settings
+    if hasattr(settings, "media_type"):  # Blender 5
+        settings.media_type = "IMAGE"
+    settings.file_format, settings.color_mode, settings.color_depth = "PNG", "RGBA", "8"
+    scene.view_settings.view_transform = "Standard"
+
+
+def rendered_passes(scene, folder):
+    """The passes of the picture just rendered, {channel: (H, W) float32}, by way of a temporary uncompressed EXR.
+
+    A file, because Blender shows Python neither the render's result nor its passes.
+    """
+    settings = scene.render.image_settings
+    if hasattr(settings, "media_type"):
+        settings.media_type = "MULTI_LAYER_IMAGE"
+    settings.file_format, settings.color_depth, settings.exr_codec = "OPEN_EXR_MULTILAYER", "32", "NONE"
+    path = Path(folder) / "passes.exr"
+    bpy.data.images["Render Result"].save_render(str(path), scene=scene)
+    write_pictures(scene)
+    try:
+        return read_exr(path.read_bytes())
+    finally:
+        path.unlink()
+
+
+def read_exr(content):
+    """{last two parts of the channel's name: (H, W) float32} of an uncompressed float EXR with scan lines.
+
+    https://openexr.com/en/latest/OpenEXRFileLayout.html
+    """
+    if content[:4] != bytes([0x76, 0x2F, 0x31, 0x01]) or content[5] & 0b00011010:  # tiles, deep data, several parts
+        raise ValueError("Blender wrote no EXR file of scan lines")
+    position, header = 8, {}
+    while content[position]:
+        name, kind, _ = content[position:].split(b"\0", 2)
+        position += len(name) + len(kind) + 2
+        (size,) = struct.unpack_from("<i", content, position)
+        header[name.decode()] = content[position + 4 : position + 4 + size]
+        position += 4 + size
+    left, top, right, bottom = struct.unpack("<4i", header["dataWindow"])
+    width, height = right - left + 1, bottom - top + 1
+    names, channels = [], header["channels"]
+    while channels[0]:
+        name, channels = channels.split(b"\0", 1)
+        if struct.unpack_from("<i", channels)[0] != 2 or header["compression"] != b"\0":
+            raise ValueError("Blender wrote no uncompressed float EXR file")
+        names.append(".".join(name.decode().split(".")[-2:]))
+        channels = channels[16:]
+    lines = np.frombuffer(content, "<u8", height, position + 1)
+    rows = [np.frombuffer(content, "<f4", width * len(names), int(line) + 8) for line in lines]
+    return dict(zip(names, np.stack(rows).reshape(height, len(names), width).swapaxes(0, 1), strict=True))
+
+
+def encode_normals(passes, c2w):
+    """World-space normals, weighted with their coverage, to (H, W, 4) uint8 in the camera's space."""
+    world = np.stack([passes[f"Normal.{axis}"] for axis in "XYZ"], axis=-1).astype(np.float64)
+    length = np.linalg.norm(world, axis=-1, keepdims=True)
+    normals = (world / np.maximum(length, 1e-9)) @ np.array(c2w)[:3, :3]
+    alpha = np.clip(passes["Combined.A"], 0, 1)[..., None]
+    return np.rint(np.concatenate([(normals + 1) / 2, alpha], axis=-1) * 255).astype(np.uint8)
+
+
+def encode_depth(passes, scale):
+    depth = passes["Depth.Z"].astype(np.float64)
+    return np.where(depth < NOTHING, np.clip(np.rint(depth / scale), 1, 65535), 0).astype(np.uint16)
+
+
+def write_png(path, pixels):
+    """(H, W) uint16 as grey or (H, W, 4) uint8 as RGBA.  Blender's Python has no other writer of 16-bit PNG."""
+    height, width = pixels.shape[:2]
+    depth, colour = (16, 0) if pixels.dtype == np.uint16 else (8, 6)
+    rows = pixels.astype(pixels.dtype.newbyteorder(">")).reshape(height, -1).view(np.uint8)
+    data = np.hstack([np.zeros((height, 1), np.uint8), rows]).tobytes()  # each row after its filter's number, none
+    chunks = [
+        (b"IHDR", struct.pack(">2I5B", width, height, depth, colour, 0, 0, 0)),
+        (b"IDAT", zlib.compress(data, 6)),
+        (b"IEND", b""),
+    ]
+    packed = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
 
 
 def keep_pixels_only(path):
@@ -186,23 +323,59 @@ def keep_pixels_only(path):
 
 
 def render_job(job, report):
+    """Renders all views; returns the number of faces."""
     bpy.ops.wm.read_factory_settings(use_empty=True)  # nothing of the object before survives
     bpy.context.preferences.filepaths.use_scripts_auto_execute = False
     import_object(job["path"])
+    faces = count_faces()
+    check_faces(faces, *job["faces"])
     show_vertex_colours()
     normalise(job["front_yaw_deg"], job["rotation"])
-    light()
-    scene, camera = prepare_scene(job["resolution"], job["samples"])
+    light(**job["light"])
+    scene, camera = prepare_scene(job)
+    folder = Path(job["folder"])
     for index, view in enumerate(job["views"]):
         camera.matrix_world = Matrix(view["c2w"])
         camera.data.angle = math.radians(view["fov_deg"])
-        scene.render.filepath = str(Path(job["folder"]) / view["file"])
+        scene.render.filepath = str(folder / view["file"])
         bpy.ops.render.render(write_still=True)
         keep_pixels_only(scene.render.filepath)
+        if "normal" in view or "depth" in view:
+            passes = rendered_passes(scene, folder)
+            if "normal" in view:
+                write_png(folder / view["normal"], encode_normals(passes, view["c2w"]))
+            if "depth" in view:
+                write_png(folder / view["depth"], encode_depth(passes, job["depth_scale"]))
         report({"uid": job["uid"], "view": index})
+    return faces
+
+
+def run_job(job, report):
+    try:
+        faces = render_job(job, report)
+        report({"uid": job["uid"], "status": "done", "faces": faces})
+    except Rejected as reason:
+        report({"uid": job["uid"], "status": "rejected", "error": str(reason)})
+    except Exception as error:
+        traceback.print_exc()
+        report({"uid": job["uid"], "status": "failed", "error": f"{type(error).__name__}: {error}"})
+
+
+def say_what_is_here(wanted):
+    """Two lines on stdout: the version, and the device that jobs may name.  Status 3: no device as wanted."""
+    bpy.ops.wm.read_factory_settings(use_empty=True)
+    print(f"blender {bpy.app.version_string}")
+    try:
+        print(f"device {find_device(wanted)}", flush=True)
+    except ValueError as error:
+        print(f"no device: {error}", flush=True)
+        sys.exit(3)
 
 
 def main(arguments):
+    if arguments[0] == "--check":
+        say_what_is_here(arguments[1])
+        return
     parent = os.getppid()
     with open(arguments[0], "a", buffering=1) as results:
 
@@ -213,13 +386,7 @@ def main(arguments):
 
         with open(arguments[1]) if len(arguments) > 1 else sys.stdin as jobs:
             for line in iter(jobs.readline, ""):
-                job = json.loads(line)
-                try:
-                    render_job(job, report)
-                    report({"uid": job["uid"], "status": "done"})
-                except Exception as error:
-                    traceback.print_exc()
-                    report({"uid": job["uid"], "status": "failed", "error": f"{type(error).__name__}: {error}"})
+                run_job(json.loads(line), report)
 
 
 if __name__ == "__main__":

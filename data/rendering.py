@@ -1,13 +1,15 @@
 """Objects to posed views: plans the cameras of each object, feeds Blender processes, keeps the books.
 
-A views folder holds `<uid>/meta.json` and `<uid>/000.png` ... (RGBA, straight alpha, sRGB), and `render_ledger.jsonl`,
-one line per object rendered, rejected or failed.
+A views folder holds `<uid>/meta.json`, `<uid>/000.png` ... (RGBA, straight alpha, sRGB), where wanted
+`000_normal.png` and `000_depth.png` (encoded as data/blender_worker.py says), and `contact.webp`, a strip of
+thumbnails; beside them the ledger (data/render_ledger.py) and `contact_sheet.html`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -16,9 +18,10 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +31,32 @@ from PIL import Image
 
 from conf.cli import check
 from data.assets import Asset, list_assets
-from data.blender_pool import WORKER, BlenderProcess, ObjectFailed, check_blender, find_blender
+from data.blender_pool import WORKER, BlenderProcess, ObjectFailed, ObjectRejected, check_blender, find_blender
 from data.cameras import framing_distance, orbit_camera
+from data.contact_sheet import draw_strip, write_contact_sheet
 from data.files import UserError, atomic_folder, read_json, require_writable, write_json
 from data.objaverse_assets import fetch_assets
 from data.processes import locked
 from data.progress import Progress
+from data.render_ledger import Verdict, ledger_path, printable, read_verdicts, verdict_table, write_verdict
+from data.render_parts import in_part, only_renderer, which_part
 from data.selection import SelectConfig, select_assets
 
 RADIUS = 0.5  # object units: every object is scaled to a bounding sphere of this radius around the origin
-LEDGER = "render_ledger.jsonl"
+BORDER_ALPHA = 64  # of 255: less at the border is the soft edge of an object that just fits
+FIXED_LIGHT = {
+    "sky": 0.55,  # with the suns below, a white diffuse face that looks up reaches about 1.0
+    "suns": [
+        {"towards": [0.6, 0.5, 1.0], "strength": 1.6, "angle_deg": 40},
+        {"towards": [-0.8, -0.6, 0.5], "strength": 0.6, "angle_deg": 40},
+    ],
+}
+CAMERA_SETTINGS = (
+    "rings", "views_per_ring", "references", "reference_azimuth_deg", "eval_views", "eval_elevation_deg",
+    "eval_reference_azimuth_deg", "elevation_deg", "fov_deg", "framing", "normals", "depth",
+)  # fmt: skip
+QUALITY_SETTINGS = ("resolution", "samples", "denoise", "max_bounces", "diffuse_bounces", "glossy_bounces")
+LIMIT_SETTINGS = ("min_coverage", "reject_border", "object_limit_s", "object_limit_gb")
 
 
 @dataclass
@@ -51,8 +70,22 @@ class RenderConfig:
     limit: int = 0  # only the first so many objects; 0: all
     resolution: int = 256  # pixels, width and height
     samples: int = 16  # Cycles samples a pixel, before denoising
-    seed: int = 0  # cameras are drawn from (seed, uid)
-    processes: int = 0  # Blender processes of one thread each; 0: one per core
+    denoise: bool = True  # Intel's Open Image Denoise, in its fast mode
+    max_bounces: int = 6  # of a light path
+    diffuse_bounces: int = 2
+    glossy_bounces: int = 2
+    normals: bool = False  # also NNN_normal.png, in the view's camera space
+    depth: bool = False  # also NNN_depth.png, along the view's -z
+    light: str = "fixed"  # the same for all objects; or sampled: drawn for each, from the next three ranges
+    sky_strength: list[float] = field(default_factory=lambda: [0.35, 0.65])  # of a white sky; fixed: 0.55
+    sun_strength: list[float] = field(default_factory=lambda: [0.2, 1.6])  # W/m2, each of two suns; fixed: 1.6, 0.6
+    sun_elevation_deg: list[float] = field(default_factory=lambda: [15.0, 80.0])  # all around in azimuth
+    seed: int = 0  # cameras and light are drawn from (seed, uid)
+    device: str = "auto"  # gpu: Cycles on this machine's GPUs; cpu; auto: gpu where there is one
+    processes: int = 0  # Blender processes of one thread each; 0: one per core, or 2 on a GPU
+    part: int | None = None  # this process renders part `part` of `parts`, chosen by hash of the uid;
+    parts: int | None = None  # null: as the SLURM array says, else all
+    retry: bool = False  # try again what failed or was rejected with the same settings
     blender: str = "auto"  # or the path of Blender, or of a Python that has the bpy module
     rings: int = 4  # rings per object, each with its own start azimuth, elevation, fov and framing
     views_per_ring: int = 16  # equally spaced azimuths; a multiple of 4, so that four orthogonal views exist for each
@@ -65,19 +98,28 @@ class RenderConfig:
     fov_deg: list[float] = field(default_factory=lambda: [15.0, 60.0])  # range, vertical
     framing: list[float] = field(default_factory=lambda: [0.58, 0.71])  # range, object units in half the height
     min_coverage: float = 0.01  # objects whose ring views cover less than this share of the picture are rejected
+    reject_border: bool = True  # objects that touch the picture's border in a ring view are rejected
     object_limit_s: float = 600  # an object that takes longer fails
+    object_limit_gb: float = 8  # GiB of memory; an object that makes Blender take more fails (needs Linux)
 
     def __post_init__(self) -> None:
         check(bool(self.source), "source is empty; give source=FOLDER or source=LIBRARY.sh3f")
         check(bool(self.out), "out is empty; give out=FOLDER for the views")
+        for name, choices in (("light", ("fixed", "sampled")), ("device", ("auto", "cpu", "gpu"))):
+            value = getattr(self, name)
+            check(value in choices, f"{name}={value} is none of {', '.join(choices)}; choose one of them")
         for name, low, high in (
             ("resolution", 8, 4096), ("samples", 1, 65536), ("rings", 1, 1000), ("views_per_ring", 4, 1000),
             ("references", 1, 1000), ("eval_views", 0, 1000), ("processes", 0, 4096), ("limit", 0, 10**9),
             ("reference_azimuth_deg", 0, 180), ("eval_reference_azimuth_deg", 0, 180), ("eval_elevation_deg", -89, 89),
-            ("min_coverage", 0, 1), ("object_limit_s", 1, 10**6), ("seed", 0, 2**63),
+            ("min_coverage", 0, 1), ("object_limit_s", 1, 10**6), ("object_limit_gb", 0.5, 10**6), ("seed", 0, 2**63),
+            ("max_bounces", 0, 1024), ("diffuse_bounces", 0, 1024), ("glossy_bounces", 0, 1024),
         ):  # fmt: skip
             value = getattr(self, name)
             check(low <= value <= high, f"{name}={value} is outside {low}..{high}; choose a value inside")
+        for name in ("part", "parts"):
+            value = getattr(self, name)
+            check(value is None or value >= 0, f"{name}={value} is negative; count from 0, or leave it out")
         check(self.views_per_ring % 4 == 0, f"views_per_ring={self.views_per_ring} is no multiple of 4; try 12 or 16")
         check(
             self.view_count <= 1000, f"{self.view_count} views an object are more than 1000; lower rings or references"
@@ -86,6 +128,9 @@ class RenderConfig:
             ("elevation_deg", -89.0, 89.0),
             ("fov_deg", 1.0, 120.0),
             ("framing", 0.01, 100.0),
+            ("sky_strength", 0.0, 100.0),
+            ("sun_strength", 0.0, 1000.0),
+            ("sun_elevation_deg", -90.0, 90.0),
         ):
             span = getattr(self, name)
             ordered = len(span) == 2 and lowest <= span[0] <= span[1] <= highest
@@ -106,10 +151,14 @@ class RenderConfig:
 # --- the plan: which views of an object, a pure function of (config, uid) ---
 
 
+def keyed_random(key: str) -> np.random.Generator:
+    digest = hashlib.sha256(key.encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
 def plan_views(config: RenderConfig, uid: str) -> list[dict[str, Any]]:
     """The views of one object, in file order, each as in meta.json.  Drawn from a generator keyed by (seed, uid)."""
-    key = int.from_bytes(hashlib.sha256(f"{config.seed}/{uid}".encode()).digest()[:16], "little")
-    random = np.random.Generator(np.random.Philox(key=key))
+    random = keyed_random(f"{config.seed}/{uid}")
     views: list[dict[str, Any]] = []
 
     def draw(span: list[float]) -> float:
@@ -122,9 +171,12 @@ def plan_views(config: RenderConfig, uid: str) -> list[dict[str, Any]]:
         elevation, fov, framing = lens
         distance = float(framing_distance(framing, fov))
         c2w = orbit_camera(*(torch.tensor(x) for x in (azimuth, elevation, distance)))
+        name = f"{len(views):03d}"
         views.append(
-            {"file": f"{len(views):03d}.png", "role": role, "ring": ring, "index": index, "azimuth_deg": azimuth,
+            {"file": f"{name}.png", "role": role, "ring": ring, "index": index, "azimuth_deg": azimuth,
              "elevation_deg": elevation, "fov_deg": fov, "distance": distance, "c2w": c2w.tolist()}
+            | ({"normal": f"{name}_normal.png"} if config.normals else {})
+            | ({"depth": f"{name}_depth.png"} if config.depth else {})
         )  # fmt: skip
 
     for ring in range(config.rings):
@@ -142,52 +194,126 @@ def plan_views(config: RenderConfig, uid: str) -> list[dict[str, Any]]:
     return views
 
 
+def plan_light(config: RenderConfig, uid: str) -> dict[str, Any]:
+    """{"sky": strength, "suns": [{"towards": world direction, "strength": W/m2, "angle_deg": its disk}]} of one object.
+
+    Drawn apart from the cameras, which stay the same whichever light is chosen.
+    """
+    if config.light == "fixed":
+        return FIXED_LIGHT
+    random = keyed_random(f"{config.seed}/{uid}/light")
+
+    def draw(span: list[float]) -> float:
+        return float(random.uniform(span[0], span[1]))
+
+    suns = []
+    for _ in range(2):
+        azimuth, elevation = math.radians(draw([0, 360])), math.radians(draw(config.sun_elevation_deg))
+        towards = [
+            math.cos(elevation) * math.cos(azimuth),
+            math.cos(elevation) * math.sin(azimuth),
+            math.sin(elevation),
+        ]
+        suns.append({"towards": towards, "strength": draw(config.sun_strength), "angle_deg": 40})
+    return {"sky": draw(config.sky_strength), "suns": suns}
+
+
+def plan_depth_scale(views: list[dict[str, Any]]) -> float:
+    """Object units a step of a 16-bit depth picture, such that it reaches behind the object in all views."""
+    return (max(view["distance"] for view in views) + RADIUS) / 65535
+
+
 def fingerprint(config: RenderConfig, asset: Asset) -> str:
-    """Changes whenever the pictures would: cameras, resolution, samples, the object's file, the worker itself."""
+    """Changes whenever the pictures would: cameras, light, quality, the object's file, the code that makes them.
+
+    Not with the device: a GPU's pictures differ from a CPU's by less than their noise.
+    """
     facts = {
-        "views": plan_views(config, asset.uid),
-        "resolution": config.resolution,
-        "samples": config.samples,
-        "asset": [asset.path.name, asset.path.stat().st_size, asset.front_yaw_deg, asset.rotation],
-        "worker": hashlib.sha256(WORKER.read_bytes()).hexdigest(),
+        "settings": {name: getattr(config, name) for name in CAMERA_SETTINGS + QUALITY_SETTINGS},
+        "seed": str(config.seed),
+        "light": plan_light(config, asset.uid),
+        "asset": [asset.uid, asset.path.name, asset.path.stat().st_size, asset.front_yaw_deg, asset.rotation],
+        "code": code_mark(),
     }
+    facts = json.loads(json.dumps(facts), parse_int=float)  # 90 and 90.0 are the same setting
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@cache
+def code_mark() -> str:
+    """Of what plans the cameras and of the worker.  The plan itself, 30 ms an object, is not made to compare it."""
+    planners = (keyed_random, plan_views, orbit_camera, framing_distance)
+    source = "".join(inspect.getsource(each) for each in planners).encode()
+    return hashlib.sha256(source + WORKER.read_bytes()).hexdigest()
 
 
 # --- one object ---
 
 
-def render_object(config: RenderConfig, asset: Asset, print_: str, blender: BlenderProcess, on_view: Any) -> None:
-    """Renders `asset` into `out/<uid>/`, which appears whole or not at all.  ObjectFailed when it cannot be."""
-    views = plan_views(config, asset.uid)
+def face_limits(config: RenderConfig) -> list[int | None]:
+    """[lowest, highest] number of faces, null for no bound; an object outside is rejected once Blender has read it.
+
+    For those whose file did not say its number (see data.faces).
+    """
+    return list(config.select.faces)
+
+
+def render_object(
+    config: RenderConfig,
+    asset: Asset,
+    print_: str,
+    device: str,
+    blender: BlenderProcess,
+    on_view: Callable[[], None],
+    faces: list[int | None],
+) -> None:
+    """Renders `asset` into `out/<uid>/`, which appears whole or not at all.
+
+    faces: see `face_limits`.  ObjectFailed when it cannot be, ObjectRejected when it is not wanted.
+    """
+    views, light = plan_views(config, asset.uid), plan_light(config, asset.uid)
+    quality = {name: getattr(config, name) for name in QUALITY_SETTINGS}
+    wanted = ("file", "c2w", "fov_deg", "normal", "depth")
     with atomic_folder(Path(config.out) / asset.uid) as folder:
-        job = {
+        job = quality | {
             "uid": asset.uid,
             "path": str(asset.path.absolute()),
             "front_yaw_deg": asset.front_yaw_deg,
             "rotation": asset.rotation,
-            "resolution": config.resolution,
-            "samples": config.samples,
+            "faces": faces,
+            "device": device,
+            "light": light,
+            "depth_scale": plan_depth_scale(views),
             "folder": str(folder.absolute()),
-            "views": [{key: view[key] for key in ("file", "c2w", "fov_deg")} for view in views],
+            "views": [{key: view[key] for key in wanted if key in view} for view in views],
         }
-        blender.render(job, config.object_limit_s, on_view)
-        covered = [coverage(folder / view["file"]) for view in views if view["role"] == "ring"]
-        if np.mean(covered) < config.min_coverage:
-            raise ObjectFailed(
-                f"nearly empty: covers {np.mean(covered):.4f} of the picture, min_coverage={config.min_coverage}"
-            )
+        result = blender.render(job, config.object_limit_s, config.object_limit_gb, on_view)
+        check_pictures(config, folder, [view for view in views if view["role"] == "ring"])
         facts = {key: getattr(asset, key) for key in ("uid", "source", "license", "creator", "caption", "category")}
-        write_json(
-            folder / "meta.json", facts | {"resolution": config.resolution, "fingerprint": print_, "views": views}
-        )
+        facts |= {"resolution": config.resolution, "faces": result["faces"], "light": light, "device": device}
+        if config.depth:
+            facts["depth_scale"] = job["depth_scale"]
+        write_json(folder / "meta.json", facts | {"fingerprint": print_, "views": views})
+        draw_strip(folder, views)
 
 
-def coverage(path: Path) -> float:
-    """Share of the picture the object covers: mean alpha."""
+def check_pictures(config: RenderConfig, folder: Path, views: list[dict[str, Any]]) -> None:
+    """ObjectRejected when these views are nearly empty, or one of them cuts the object off."""
+    alphas = {view["file"]: read_alpha(folder / view["file"]) for view in views}
+    covered = float(np.mean([alpha.mean() / 255 for alpha in alphas.values()]))
+    if covered < config.min_coverage:
+        raise ObjectRejected(f"nearly empty: covers {covered:.4f} of the picture, min_coverage={config.min_coverage}")
+    for name, alpha in alphas.items() if config.reject_border else ():
+        border = max(alpha[[0, -1]].max(), alpha[:, [0, -1]].max())
+        if border > BORDER_ALPHA:
+            raise ObjectRejected(f"touches the border of {name} (alpha {border} of 255), reject_border=true")
+
+
+def read_alpha(path: Path) -> np.ndarray:
+    """(H, W) uint8."""
     try:
         with Image.open(path) as image:
-            return float(np.asarray(image.getchannel("A"), dtype=np.float64).mean() / 255)
+            return np.asarray(image.getchannel("A"))
     except (OSError, ValueError) as error:
         raise ObjectFailed(f"Blender left no readable picture {path.name}: {error}") from None
 
@@ -198,7 +324,8 @@ def is_present(out: Path, uid: str, print_: str) -> bool:
         return False
     try:
         meta = read_json(out / uid / "meta.json", "views")
-        return meta["fingerprint"] == print_ and all((out / uid / view["file"]).exists() for view in meta["views"])
+        files = [view[key] for view in meta["views"] for key in ("file", "normal", "depth") if key in view]
+        return meta["fingerprint"] == print_ and all((out / uid / name).exists() for name in files)
     except (UserError, KeyError, TypeError):
         return False
 
@@ -207,61 +334,117 @@ def is_present(out: Path, uid: str, print_: str) -> bool:
 
 
 def render_all(config: RenderConfig) -> None:
-    """Renders what is not there yet; failures cost their object only and are written to the ledger."""
+    """Renders what is not there yet; an object that fails or is rejected costs itself alone and is in the ledger.
+
+    UserError when not one object of this part is there in the end.
+    """
     out = Path(config.out)
+    part, parts = which_part(config.part, config.parts, os.environ)
     blender = find_blender(config.blender)
-    assets = select_assets(list_assets(config.source, out / ".assets", config.names), config.select)
-    assets = assets[: config.limit] if config.limit else assets
+    assets = [asset for asset in list_objects(config, parts) if in_part(asset.uid, part, parts)]
     require_writable(out, needed_mb=64)
-    version = check_blender(blender)
+    version, device = check_blender(blender, config.device)
+    say(f"{version} on {device}" + (f", part {part} of {parts}" if parts > 1 else ""))
     assets = fetch_assets(assets)
-    with only_renderer(out):
+    with only_renderer(out, part, parts):
         prints = {asset.uid: fingerprint(config, asset) for asset in assets}
         missing = [asset for asset in assets if not is_present(out, asset.uid, prints[asset.uid])]
-        processes = min(config.processes or len(os.sched_getaffinity(0)), max(len(missing), 1))
-        say(f"{len(assets)} objects, {len(assets) - len(missing)} already there; {version}, {processes} processes")
-        done = (len(assets) - len(missing)) * config.view_count
+        left_out = {} if config.retry else verdicts_that_hold(config, missing, prints)
+        waiting = [asset for asset in missing if asset.uid not in left_out]
+        say(f"{len(assets)} objects, {len(assets) - len(missing)} already there, {len(waiting)} to render")
+        if left_out:
+            say(f"{count_statuses(left_out)} before with the same settings: not tried again; retry=true tries them")
+        done = (len(assets) - len(waiting)) * config.view_count
         with Progress("render", len(assets) * config.view_count, unit="views", start=done) as progress:
-            failed = run_workers(config, missing, prints, blender, processes, progress) if missing else {}
+            ledger = ledger_path(out, part, parts)
+            left_out |= run_workers(config, waiting, prints, blender, device, ledger, progress) if waiting else {}
+        sheet = write_contact_sheet(out, {a.uid for a in assets} - set(left_out), read_verdicts(out))
+    conclude(config, len(assets), left_out, sheet)
+
+
+def list_objects(config: RenderConfig, parts: int) -> list[Asset]:
+    out = Path(config.out)
+    is_library = parts > 1 and Path(config.source).is_file()  # unpacked once, and not by two tasks at the same time
+    with locked(out / ".assets", wait_s=3600) if is_library else contextlib.nullcontext():
+        assets = select_assets(list_assets(config.source, out / ".assets", config.names), config.select)
+    return assets[: config.limit] if config.limit else assets
+
+
+def limits_of(config: RenderConfig) -> dict[str, Any]:
+    """The settings besides the fingerprint's that decide whether an object fails or is rejected."""
+    return {name: getattr(config, name) for name in LIMIT_SETTINGS} | {"faces": face_limits(config)}
+
+
+def verdicts_that_hold(config: RenderConfig, assets: list[Asset], prints: dict[str, str]) -> dict[str, Verdict]:
+    """{uid: verdict} of those that failed or were rejected with exactly these settings."""
+    held, limits = {}, limits_of(config)
+    verdicts = read_verdicts(Path(config.out))
+    for uid in (asset.uid for asset in assets):
+        verdict = verdicts.get(uid)
+        if verdict and verdict.status != "rendered" and (verdict.fingerprint, verdict.limits) == (prints[uid], limits):
+            held[uid] = verdict
+    return held
+
+
+def count_statuses(verdicts: dict[str, Verdict]) -> str:
+    counts = {status: sum(v.status == status for v in verdicts.values()) for status in ("failed", "rejected")}
+    return " and ".join(f"{count} {status}" for status, count in counts.items() if count)
+
+
+def conclude(config: RenderConfig, count: int, left_out: dict[str, Verdict], sheet: Path) -> None:
+    for line in verdict_table(left_out.values()):
+        say(line)
     say(
-        f"{len(assets) - len(failed)} of {len(assets)} objects are in {out}"
-        + (f"; {len(failed)} failed, see {out / LEDGER}" if failed else "")
+        f"{count - len(left_out)} of {count} objects are in {config.out}"
+        + (f"; {count_statuses(left_out)}" if left_out else "")
+        + f"; see {sheet}"
     )
-    if len(failed) == len(assets):
-        uid, reason = next(iter(failed.items()))
-        raise UserError(f"no object could be rendered; {uid}: {reason}")
+    if left_out and len(left_out) == count:
+        first = next(iter(left_out.values()))
+        raise UserError(f"no object could be rendered; {first.uid}: {printable(first.reason)}")
 
 
 def run_workers(
-    config: RenderConfig, assets: list[Asset], prints: dict[str, str], blender: Path, processes: int, progress: Progress
-) -> dict[str, str]:
-    """Feeds `assets` to the Blender processes, one thread for each.  Returns {uid: reason} of those that failed."""
+    config: RenderConfig,
+    assets: list[Asset],
+    prints: dict[str, str],
+    blender: Path,
+    device: str,
+    ledger: Path,
+    progress: Progress,
+) -> dict[str, Verdict]:
+    """Feeds `assets` to the Blender processes, one thread for each.  Returns {uid: verdict} of those not rendered."""
     waiting: queue.SimpleQueue[Asset] = queue.SimpleQueue()
     for asset in assets:
         waiting.put(asset)
     lock, stop = threading.Lock(), threading.Event()
-    failed: dict[str, str] = {}
-    workers = [BlenderProcess(blender) for _ in range(processes)]
+    left_out: dict[str, Verdict] = {}
+    at_once = config.processes or (len(os.sched_getaffinity(0)) if device == "CPU" else 2)
+    workers = [BlenderProcess(blender) for _ in range(min(at_once, len(assets)))]
+    limits = limits_of(config)
 
     def one_view() -> None:
         if stop.is_set():
             raise ObjectFailed("interrupted")
         with lock:
-            progress.update(1, failed=str(len(failed)))
+            progress.update(1, left_out=str(len(left_out)))
 
     def one_object(worker: BlenderProcess, asset: Asset) -> None:
-        began, reason = time.monotonic(), ""
+        began, status, reason = time.monotonic(), "rendered", ""
         try:
-            render_object(config, asset, prints[asset.uid], worker, one_view)
-        except ObjectFailed as error:
+            render_object(config, asset, prints[asset.uid], device, worker, one_view, limits["faces"])
+        except (ObjectFailed, ObjectRejected) as error:
             if stop.is_set():
                 return
-            reason = str(error)
+            status, reason = "failed" if isinstance(error, ObjectFailed) else "rejected", printable(str(error))
+        seconds = round(time.monotonic() - began, 2)
+        verdict = Verdict(asset.uid, status, reason, prints[asset.uid], limits, seconds, round(time.time(), 3))
         with lock:
+            write_verdict(ledger, verdict)
             if reason:
-                failed[asset.uid] = reason
-                say(f"{asset.uid} failed: {reason}")
-            write_ledger(Path(config.out), asset.uid, reason, prints[asset.uid], time.monotonic() - began)
+                remove_pictures(Path(config.out) / asset.uid)
+                left_out[asset.uid] = verdict
+                say(f"{asset.uid} {status}: {reason}")
 
     def work(worker: BlenderProcess) -> None:
         try:
@@ -272,7 +455,7 @@ def run_workers(
             stop.set()
             raise
 
-    with ThreadPoolExecutor(processes) as threads:  # leaving it waits until what they were writing is removed
+    with ThreadPoolExecutor(len(workers)) as threads:  # leaving it waits until what they were writing is removed
         try:
             for future in [threads.submit(work, worker) for worker in workers]:
                 future.result()
@@ -283,24 +466,15 @@ def run_workers(
             stop.set()
             for worker in workers:
                 worker.close()
-    return failed
+    return left_out
 
 
-def write_ledger(out: Path, uid: str, reason: str, print_: str, seconds: float) -> None:
-    status = "failed" if reason else "rendered"
-    line = {"uid": uid, "status": status, "reason": reason, "fingerprint": print_, "seconds": round(seconds, 2)}
-    with open(out / LEDGER, "a") as ledger:
-        ledger.write(json.dumps(line) + "\n")
-
-
-@contextlib.contextmanager
-def only_renderer(out: Path) -> Iterator[None]:
-    """Keeps a second renderer out of the folder and removes what an earlier one, killed, left half done."""
-    with locked(out):
-        for pattern in (".*.tmp", ".*.old"):
-            for left in out.glob(pattern):
-                shutil.rmtree(left, ignore_errors=True)
-        yield
+def remove_pictures(folder: Path) -> None:
+    """Of an object that other settings had rendered and these do not: a views folder is not to mix settings."""
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.stale.old")  # `only_renderer` removes it, should we be killed here
+        folder.rename(old)
+        shutil.rmtree(old)
 
 
 def say(message: str) -> None:

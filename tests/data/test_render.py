@@ -21,7 +21,8 @@ from PIL import Image
 from data.blender_pool import check_blender, find_blender, script_command
 from data.cameras import camera_rays
 from data.files import UserError
-from data.rendering import LEDGER, RADIUS, RenderConfig, render_all
+from data.render_ledger import LEDGER
+from data.rendering import RADIUS, RenderConfig, render_all
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"resolution": 32, "samples": 1, "rings": 1, "views_per_ring": 4, "references": 1, "eval_views": 0}
@@ -154,8 +155,10 @@ def test_meta_holds_what_its_readers_expect(rendered: Path) -> None:
     assert [meta["uid"] for meta in metas] == ["plain", "points", "turned"]
     for meta in metas:
         assert set(meta) == {
-            "uid", "source", "license", "creator", "caption", "category", "resolution", "fingerprint", "views",
+            "uid", "source", "license", "creator", "caption", "category", "resolution", "faces", "light", "device",
+            "fingerprint", "views",
         }  # fmt: skip
+        assert meta["faces"] == {"plain": 36, "turned": 36, "points": 36}[meta["uid"]]
         roles = [view["role"] for view in meta["views"]]
         assert roles == ["ring"] * 8 + ["reference"] * 2 + ["eval_reference"]
 
@@ -216,7 +219,7 @@ def test_bad_objects_cost_themselves_only(tmp_path: Path) -> None:
     ledger = {line["uid"]: line for line in map(json.loads, (tmp_path / "out" / LEDGER).read_text().splitlines())}
     assert {uid: line["status"] for uid, line in ledger.items()} == {
         "plain": "rendered", "turned": "rendered", "points": "rendered", "broken": "failed", "faceless": "failed",
-        "invisible": "failed",
+        "invisible": "rejected",
     }  # fmt: skip
     assert "no faces" in ledger["faceless"]["reason"] and "nearly empty" in ledger["invisible"]["reason"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["plain", "points", "turned"]
@@ -228,9 +231,9 @@ def test_an_object_that_takes_too_long_fails(snowman: Path, tmp_path: Path) -> N
     assert not (tmp_path / "snowman").exists()
 
 
-def start_render(source: Path, out: Path) -> subprocess.Popen[bytes]:
+def start_render(source: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
     words = [f"{key}={value}" for key, value in (SMALL | {"views_per_ring": 40, "samples": 16}).items()]
-    words += [f"source={source}", f"out={out}", "processes=1"]
+    words += [f"source={source}", f"out={out}", "processes=1", *more]
     return subprocess.Popen([sys.executable, "data/render.py", *words], cwd=ROOT, stderr=subprocess.PIPE)
 
 
@@ -268,6 +271,10 @@ def test_a_killed_worker_costs_its_object_and_a_rerun_mends_it(tmp_path: Path) -
     assert sorted(p.parent.name for p in (tmp_path / "out").glob("*/meta.json")) == ["points", "turned"]
     kept = stamps(tmp_path / "out" / "turned")
     again = start_render(tmp_path / "in", tmp_path / "out")
+    _, words = again.communicate(timeout=200)
+    assert again.returncode == 0 and b"1 failed before with the same settings: not tried again" in words, words
+    assert not (tmp_path / "out" / "plain").exists()
+    again = start_render(tmp_path / "in", tmp_path / "out", "retry=true")
     assert again.communicate(timeout=200) and again.returncode == 0
     assert len(list((tmp_path / "out" / "plain").glob("*.png"))) == 42
     assert stamps(tmp_path / "out" / "turned") == kept
