@@ -5,8 +5,8 @@ is tried again and then named; what cannot is named at once.
 
 http(s) goes through the standard library's client, with one open connection a thread and process.  fsspec's
 HTTPFileSystem (2026.9) was tried in its place: from a server that ignores ranges it takes the whole file and returns it
-as the range, an instance from before a fork raises in the child, and it is slower (tests/benchmarks/bench_sources.py).
-Object stores go through fsspec, with one file system a process.
+as the range, an instance from before a fork raises in the child, and it is not faster where samples are small
+(tests/benchmarks/bench_sources.py).  Object stores go through fsspec, with one file system a process.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from data.files import UserError
 from data.range_cache import CacheConfig, RangeCache
@@ -129,7 +130,7 @@ class ShardFolder:
         the shard has changed.  Raises UserError naming the shard, the range and the reason.
         """
         self._check_name(name)
-        if offset < 0 or not 0 <= count <= MAX_READ:
+        if not isinstance(offset, int) or not isinstance(count, int) or offset < 0 or not 0 <= count <= MAX_READ:
             raise UserError(f"{self.describe(name)}: {count} bytes from {offset} on are no range; pack the views again")
         if count == 0:
             return b""
@@ -144,7 +145,7 @@ class ShardFolder:
         return content
 
     def _check_name(self, name: str) -> None:
-        if not NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):  # it comes from a manifest
             raise UserError(f"{self.describe()}: {name!r} is no plain file name; pack the views again")
 
     def _attempt(self, name: str, action: Callable[[], T]) -> T:
@@ -264,6 +265,14 @@ class HttpFiles:
             return read_body(reply, count, deadline)
 
 
+@dataclass
+class Kept:
+    """A connection to a server, or to a proxy that is asked for whole URLs."""
+
+    connection: http.client.HTTPConnection
+    whole_urls: bool = False
+
+
 _kept = threading.local()  # connections of this thread by (process, server); a child's never meet its parent's
 
 
@@ -302,30 +311,38 @@ def http_range(url: str, offset: int, count: int) -> Iterator[http.client.HTTPRe
 
 
 def connect(url: str) -> tuple[http.client.HTTPConnection, str]:
-    """This thread's connection to the server of `url`, and what to ask it for.  Proxies as in http_proxy, no_proxy."""
+    """This thread's connection to the server of `url`, and what to ask it for."""
     parts = urlsplit(url)
-    assert parts.hostname is not None
-    host, kind = parts.hostname, http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    proxy = "" if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(parts.scheme, "")
-    key = (os.getpid(), parts.scheme, parts.netloc, proxy)
-    connections: dict[Any, http.client.HTTPConnection] = vars(_kept).setdefault("connections", {})
-    if key not in connections and proxy:
-        via = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        if not via.hostname or via.username:
-            raise PermanentError(f"{parts.scheme}_proxy must be http://host:port, without a password; set it so")
-        connections[key] = kind(via.hostname, via.port or 80, timeout=SOCKET_S)
-        if parts.scheme == "https":
-            connections[key].set_tunnel(host, parts.port)
-    elif key not in connections:
-        connections[key] = kind(host, parts.port, timeout=SOCKET_S)
-    connection = connections[key]
+    connections: dict[tuple[int, str, str], Kept] = vars(_kept).setdefault("connections", {})
+    key = (os.getpid(), parts.scheme, parts.netloc)
+    if key not in connections:
+        connections[key] = new_connection(parts)
+    connection = connections[key].connection
     if connection.sock is not None:
         poll = select.poll()
         poll.register(connection.sock, select.POLLIN)
         if poll.poll(0):  # the server has closed it meanwhile; the next request opens it again
             connection.close()
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return connection, url if proxy and parts.scheme == "http" else path
+    return connection, url if connections[key].whole_urls else path
+
+
+def new_connection(parts: SplitResult) -> Kept:
+    """Not open yet.  Through a proxy where http_proxy, https_proxy and no_proxy say so."""
+    assert parts.hostname is not None
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if not proxy or urllib.request.proxy_bypass(parts.hostname):
+        return Kept(kind(parts.hostname, parts.port, timeout=SOCKET_S))
+    via = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    if via.scheme != "http" or not via.hostname or via.username:
+        raise PermanentError(
+            f"{parts.scheme}_proxy is not http://host:port; set it so, or {parts.hostname} in no_proxy"
+        )
+    connection = kind(via.hostname, via.port or 80, timeout=SOCKET_S)
+    if parts.scheme == "https":
+        connection.set_tunnel(parts.hostname, parts.port)
+    return Kept(connection, whole_urls=parts.scheme == "http")
 
 
 def redirected(url: str, location: str) -> str:

@@ -184,6 +184,14 @@ def shards(request, folder: Path) -> ShardFolder:
     return ShardFolder(request.getfixturevalue("s3"))
 
 
+def test_numbers_of_other_kinds_are_refused(folder: Path) -> None:
+    for offset, count in (("0", 1), (0, None), (0.0, 1), (0, 2**31)):
+        with pytest.raises(UserError, match="are no range"):
+            ShardFolder(str(folder)).read("a.tar", offset, count)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="5 is no plain file name"):
+        ShardFolder(str(folder)).read(5, 0, 1)  # type: ignore[arg-type]
+
+
 def test_sizes_and_whole_files(shards: ShardFolder) -> None:
     assert shards.size("a.tar") == len(CONTENT) and shards.exists("empty.tar") and shards.size("empty.tar") == 0
     assert not shards.exists("nothing.tar")
@@ -244,9 +252,7 @@ def test_a_server_without_ranges_is_named_and_not_downloaded_from(server: str) -
 @pytest.mark.parametrize("vice", ["busy", "half", "stall"])
 def test_what_passes_is_tried_again_and_then_named(server: str, vice: str, impatient, monkeypatch) -> None:
     monkeypatch.setattr(sources, "SOCKET_S", 0.2)
-    for connection in vars(sources._kept).get("connections", {}).values():
-        connection.close()
-    sources._kept.connections = {}
+    sources._kept.connections = {}  # they have their time limits
     shards = ShardFolder(f"{server}/{vice}/3")
     assert shards.read("a.tar", 100, 5000) == CONTENT[100:5100]
     assert counts(server)[f"/{vice}/3/a.tar"] == 4
@@ -375,6 +381,7 @@ def test_https_with_a_certificate_that_is_known_and_through_a_proxy(
         for offset in range(10):
             assert shards.read("a.tar", offset, 9999) == CONTENT[offset : offset + 9999]
         monkeypatch.setenv("https_proxy", server)
+        sources._kept.connections = {}  # they go without
         before = counts(server).get("connects", 0)
         for offset in range(10):
             assert shards.read("a.tar", offset, 9999) == CONTENT[offset : offset + 9999]
