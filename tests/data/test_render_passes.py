@@ -14,6 +14,7 @@ from PIL import Image
 from data.cameras import camera_rays
 from data.rendering import RADIUS, RenderConfig, render_all
 
+pytestmark = pytest.mark.slow
 SIZE = 64
 SMALL = {"resolution": SIZE, "rings": 2, "views_per_ring": 4, "references": 1, "eval_views": 0, "processes": 1}
 

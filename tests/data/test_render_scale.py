@@ -91,6 +91,7 @@ def bomb(path: Path, side: int = 20000) -> None:
     path.write_bytes(struct.pack("<4s2I", b"glTF", 2, 12 + len(body)) + body)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_an_object_that_takes_too_much_memory_fails_alone(cones: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
@@ -118,6 +119,7 @@ def test_an_object_with_too_many_faces_is_rejected(cones: Path, tmp_path: Path) 
     assert json.loads((tmp_path / "a" / "meta.json").read_text())["faces"] == 64
 
 
+@pytest.mark.slow
 def test_verdicts_hold_until_settings_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A ball that just fits touches the border of pictures of eight pixels."""
     (tmp_path / "in").mkdir()
@@ -180,6 +182,7 @@ def test_fbx_is_read(tmp_path: Path) -> None:
         assert pixel[3] > 200 and pixel[channel] > 100 + pixel[1 - channel], (name, pixel)
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_not_there_is_said_before_any_work(cones: Path, tmp_path: Path) -> None:
     version, device = check_blender(find_blender(), "cpu")
     assert version.startswith("blender ") and device == "CPU"
