@@ -7,6 +7,8 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,9 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.files import UserError
-from data.packing import pack, write_manifest, write_tar
+from data.packing import pack, verify, write_manifest, write_tar
 from data.shards import Cameras, Manifest, Shard, open_sample, read_manifest
-from data.sources import ShardFolder
+from data.sources import CacheConfig, ShardFolder
 from data.stream import RankPositions, Span, ViewDataset, choose_views, epoch_order, keyed_generator, micro_batches
 from train.shard_history import SavedSpan, with_new_shards
 
@@ -291,3 +293,27 @@ def test_shuffling_is_that_of_a_random_permutation() -> None:
     places[order] = np.arange(10000)
     assert abs(np.abs(np.diff(places)).mean() / 10000 - 1 / 3) < 0.02
     assert abs(np.corrcoef(np.arange(10000), order)[0, 1]) < 0.05
+
+
+@pytest.fixture(scope="module")
+def server(shards: Path):
+    command = [sys.executable, str(Path(__file__).parent / "range_server.py"), str(shards), "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield f"http://127.0.0.1:{process.stdout.readline().strip()}/plain"
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_on_a_server_give_the_same_batches(shards: Path, server: str, tmp_path: Path, workers: int) -> None:
+    remote = ShardFolder(server, CacheConfig(str(tmp_path / "cache"), 0.1))
+    given = {"image_size": 8, "num_views": 4, "seed": 2}
+    streams = [
+        micro_batches(dataset, 4, 2, 0, 1, 3, workers)
+        for dataset in (ViewDataset(str(shards), **given), ViewDataset(remote, **given))
+    ]
+    for ours, theirs in itertools.islice(zip(*streams, strict=False), 6):
+        assert ours.keys == theirs.keys and torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.references, theirs.references) and not theirs.damaged
+    assert verify(server, processes=1) == []
