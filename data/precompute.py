@@ -157,12 +157,10 @@ def encode_shard(task: Task, index: int, path: Path, progress: Any) -> None:
 
 
 def encoded_sample(task: Task, number: int) -> dict[str, Any] | None:
-    import json
-
     import torch
 
     from data.shards import DamagedSample
-    from models.latents import MEMBER, encode_object, pack_latents
+    from models.latents import MEMBER, described, encode_object, pack_latents
 
     try:
         with task.dataset.open(number) as stored:
@@ -180,10 +178,7 @@ def encoded_sample(task: Task, number: int) -> dict[str, Any] | None:
         task.config.batch,
     )
     content, told = pack_latents(moments, embeddings, task.config.dtype)
-    meta["latents"] = {**told, "embedded": embedded}
-    for view in meta["views"]:
-        view.pop("crc32", None)
-    return {"__key__": meta["uid"], MEMBER: content, "json": json.dumps(meta, sort_keys=True).encode()}
+    return {"__key__": meta["uid"], MEMBER: content, "json": described(meta, told, embedded)}
 
 
 if __name__ == "__main__":

@@ -88,16 +88,21 @@ def mark(content: bytes) -> str:
 def read_manifest(location: str | os.PathLike[str] | ShardFolder) -> Manifest:
     """UserError naming the file and the remedy.  The shards themselves are not looked at; see `damaged_shards`."""
     folder = location if isinstance(location, ShardFolder) else ShardFolder(str(location))
-    remedy = f"make one with python data/pack.py views=... out={location}"
+    try:
+        content = json.loads(manifest_bytes(folder))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder.describe('manifest.json')} cannot be read: {error}; pack the views again") from None
+    return parse_manifest(content, folder.describe("manifest.json"))
+
+
+def manifest_bytes(folder: ShardFolder) -> bytes:
+    """UserError when the folder is not there or has no manifest.json."""
+    remedy = f"make one with python data/pack.py views=... out={folder.location}"
     if folder.local is not None and not folder.local.is_dir():
         raise UserError(f"shards: {folder.local} is not a folder; {remedy}")
     if not folder.exists("manifest.json"):
         raise UserError(f"{folder.describe()} has no manifest.json; {remedy}")
-    try:
-        content = json.loads(folder.read_whole("manifest.json", MAX_MANIFEST_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder.describe('manifest.json')} cannot be read: {error}; pack the views again") from None
-    return parse_manifest(content, folder.describe("manifest.json"))
+    return folder.read_whole("manifest.json", MAX_MANIFEST_BYTES)
 
 
 def parse_manifest(content: Any, where: str) -> Manifest:
@@ -248,10 +253,10 @@ def require_views(meta: dict[str, Any]) -> None:
         good = [row.shape == (16,) and bool(np.isfinite(row).all()) for row in cameras]
         raise ValueError(f"c2w of {meta['views'][good.index(False)]['file']} is not a finite 4 x 4 matrix")
     for view in meta["views"]:
-        wanted = {"file": str, "role": str} | ({"ring": int, "index": int} if view["role"] == "ring" else {})
-        for key, kind in wanted.items():
-            if not isinstance(view[key], kind):
-                raise ValueError(f"{key}={view[key]!r} of a view is no {kind.__name__}")
+        if not isinstance(view["file"], str) or not isinstance(view["role"], str):
+            raise ValueError(f"file={view['file']!r} and role={view['role']!r} of a view must be strings")
+        if view["role"] == "ring" and not (isinstance(view["ring"], int) and isinstance(view["index"], int)):
+            raise ValueError(f"ring={view['ring']!r} and index={view['index']!r} of a view must be integers")
 
 
 def decode_image(content: bytes, size: int, expected: int | None = None) -> np.ndarray:

@@ -47,6 +47,19 @@ def encode_object(
     return torch.cat(moments), torch.cat(embeddings)
 
 
+def described(meta: dict[str, Any], told: dict[str, Any], embedded: list[str]) -> bytes:
+    """The object's .json beside its latents.
+
+    embedded: the files whose embeddings there are.  Cameras have the seven digits that float32 keeps, since reading
+    such a .json is mostly reading numbers.
+    """
+    views = [{key: value for key, value in view.items() if key != "crc32"} for view in meta["views"]]
+    for view in views:
+        view["c2w"] = [[round(value, 7) for value in row] for row in view["c2w"]]
+    content = meta | {"views": views, "latents": {**told, "embedded": embedded}}
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
 def pack_latents(moments: Tensor, embeddings: Tensor, dtype: str) -> tuple[bytes, dict[str, Any]]:
     """The safetensors member, and what the object's .json says of it: where each row lies, and its CRC-32.
 

@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data.files import UserError, content_mark, fsync_folder, read_json, write_json
-from data.shards import mark
+from data.shards import manifest_bytes, mark
 from data.sources import ShardFolder
 from train.config import TrainConfig
 from train.engine import WeightAverage, all_agree
-from train.shard_history import SavedSpan, as_json, manifest_text
+from train.shard_history import SavedSpan, as_json
 
 FORMAT = "isotropic3d-checkpoint/2"
 STATE_BYTES = 18  # a parameter: weight in bf16, and in fp32 its master, Adam's two moments and the running average
@@ -64,7 +64,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
             # By content: a folder may be mounted elsewhere the next time.
             files[f"model.{part}.weights"] = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
     marks = {name: content_mark(path) for name, path in files.items() if path.is_file()}
-    marks["data.shards"] = mark(manifest_text(ShardFolder(config.data.shards)))
+    marks["data.shards"] = mark(manifest_bytes(ShardFolder(config.data.shards)))
 
     def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         pairs = [flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v} for k, v in value.items()]

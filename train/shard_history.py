@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data.files import UserError, atomic_file, read_json
-from data.shards import MAX_MANIFEST_BYTES, Manifest, damaged_shards, mark, parse_manifest
+from data.shards import Manifest, damaged_shards, manifest_bytes, mark, parse_manifest
 from data.sources import ShardFolder
 from data.stream import Span, ViewDataset
 from train.config import DataConfig, TrainConfig
@@ -25,10 +25,6 @@ class SavedSpan:
     first: int
     epoch: int
     manifest: str
-
-
-def manifest_text(folder: ShardFolder) -> bytes:
-    return folder.read_whole("manifest.json", MAX_MANIFEST_BYTES)
 
 
 def with_new_shards(saved: list[SavedSpan], current: str, count: int, consumed: int) -> list[SavedSpan]:
@@ -49,7 +45,7 @@ def with_new_shards(saved: list[SavedSpan], current: str, count: int, consumed: 
 
 def open_spans(run: Path, folder: ShardFolder, saved: list[SavedSpan], consumed: int, write: bool) -> list[SavedSpan]:
     """The spans of a run that goes on.  With `write` (rank 0) the run folder gets a copy of the current manifest."""
-    text = manifest_text(folder)
+    text = manifest_bytes(folder)
     current = mark(text)
     parse_manifest(json.loads(text), folder.describe("manifest.json"))
     path = run / "shards" / f"{current}.json"
@@ -67,7 +63,7 @@ def read_saved(run: Path, manifest: str) -> Manifest:
 
 def as_spans(run: Path, folder: ShardFolder, saved: list[SavedSpan]) -> list[Span]:
     """With their manifests; the last one's is the folder's own."""
-    last = parse_manifest(json.loads(manifest_text(folder)), folder.describe("manifest.json"))
+    last = parse_manifest(json.loads(manifest_bytes(folder)), folder.describe("manifest.json"))
     former = [Span(span.first, span.epoch, read_saved(run, span.manifest)) for span in saved[:-1]]
     return [*former, Span(saved[-1].first, saved[-1].epoch, last)]
 

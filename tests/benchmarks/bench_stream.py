@@ -30,7 +30,7 @@ from data.cameras import orbit_camera
 from data.packing import pack, write_manifest, write_tar
 from data.shards import Cameras, Manifest, Shard, decode_image, read_manifest
 from data.stream import ViewDataset, choose_references, choose_views, composite, keyed_generator
-from models.latents import MEMBER, pack_latents
+from models.latents import MEMBER, described, pack_latents
 
 SIZE, RINGS, PER_RING, REFERENCES = 256, 4, 16, 8
 
@@ -72,10 +72,10 @@ def make_latents(folder: Path, objects: int) -> None:
     views = view_plan()
     moments = torch.randn(len(views), 8, SIZE // 8, SIZE // 8)
     content, told = pack_latents(moments, torch.randn(REFERENCES, 1, 1024), "float16")
-    told["embedded"] = [view["file"] for view in views if view["role"] == "reference"]
+    embedded = [view["file"] for view in views if view["role"] == "reference"]
     samples = [
         ({"__key__": f"o{n}", MEMBER: content,
-          "json": json.dumps({"uid": f"o{n}", "resolution": SIZE, "views": views, "latents": told}).encode()}, "")
+          "json": described({"uid": f"o{n}", "resolution": SIZE, "views": views}, told, embedded)}, "")
         for n in range(objects)
     ]  # fmt: skip
     shard = write_tar(folder / "shard-000000.tar", samples)
