@@ -30,6 +30,7 @@ SMALL = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
+CAMERA = np.eye(4).tolist()
 AZIMUTHS = [200.0, 350.0, 40.0, 5.0, 90.0]  # of the references; nearest to the front are 5, 350 and 40
 
 
@@ -40,8 +41,9 @@ def make_views(views: Path, count: int) -> None:
         folder = views / f"object{i}"
         folder.mkdir(parents=True)
         described = [
-            {"file": f"{n:03d}.png", "role": "reference", "azimuth_deg": azimuth} for n, azimuth in enumerate(AZIMUTHS)
-        ] + [{"file": "005.png", "role": "ring", "azimuth_deg": 0.0}]
+            {"file": f"{n:03d}.png", "role": "reference", "azimuth_deg": azimuth, "c2w": CAMERA}
+            for n, azimuth in enumerate(AZIMUTHS)
+        ] + [{"file": "005.png", "role": "ring", "ring": 0, "index": 0, "azimuth_deg": 0.0, "c2w": CAMERA}]
         for view in described:
             Image.fromarray(random.integers(0, 256, (48, 48, 4), dtype=np.uint8), "RGBA").save(folder / view["file"])
         meta = {"uid": folder.name, "caption": f"thing number {i}", "resolution": 48, "views": described}
@@ -118,19 +120,22 @@ def test_only_what_is_new_or_changed_is_scored_again(
 def test_damaged_objects_are_named_and_have_no_score(
     tmp_path: Path, encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_views(tmp_path, 6)
+    make_views(tmp_path, 7)
     (tmp_path / "object0" / "003.png").write_bytes(b"no picture")
     (tmp_path / "object1" / "003.png").unlink()
-    for name, change in (("object2", {"caption": ""}), ("object3", {"views": [{"file": "../x.png"}]}),
-                         ("object4", {"views": [{"file": "000.png", "role": "reference"}]})):  # fmt: skip
+    view = {"file": "000.png", "role": "reference", "c2w": CAMERA}
+    for name, change in (("object2", {"caption": ""}), ("object3", {"views": [view | {"file": "../x.png"}]}),
+                         ("object4", {"views": [view]}),
+                         ("object5", {"views": [{"file": "000.png", "role": "reference"}]})):  # fmt: skip
         meta = json.loads((tmp_path / name / "meta.json").read_text())
         (tmp_path / name / "meta.json").write_text(json.dumps(meta | change))
-    assert list(clip_scores(tmp_path, config(tmp_path, encoder))) == ["object5"]
+    assert list(clip_scores(tmp_path, config(tmp_path, encoder))) == ["object6"]
     said = capsys.readouterr().err
     for name, reason in (("object0", "not a PNG"), ("object1", "lacks '003.png'"), ("object2", "no caption"),
-                         ("object3", "lacks '../x.png'"), ("object4", "meta.json is damaged")):  # fmt: skip
+                         ("object3", "lacks '../x.png'"), ("object4", "KeyError('azimuth_deg')"),
+                         ("object5", "KeyError('c2w')")):  # fmt: skip
         assert any(name in line and reason in line for line in said.splitlines()), (name, said)
-    shutil.rmtree(tmp_path / "object5")
+    shutil.rmtree(tmp_path / "object6")
     with pytest.raises(UserError, match="no object could be scored"):
         clip_scores(tmp_path, config(tmp_path, encoder))
 
