@@ -11,33 +11,37 @@ missing; without it, or with HF_HUB_OFFLINE=1, only what the folder holds is lis
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import gzip
 import importlib.util
-import io
 import json
 import os
 import re
 import socket
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.error import HTTPError
 
 from data.assets import OBJAVERSE, Asset
 from data.files import UserError, read_json
+from data.processes import parallel
 from data.progress import Progress
 
 SOURCE = "Objaverse 1.0"
 OBJECT_PATH = re.compile(r"glbs/(\d{3}-\d{3})/([A-Za-z0-9_-]{1,90})\.glb")
 JSON_LIMIT = 2**30  # bytes of one unpacked .json.gz; the largest, object-paths.json.gz, has about 80 MB
 UIDS_LIMIT = 2**30  # bytes of a list of UIDs
-CHUNK = 500  # objects fetched at a time
+AHEAD = 64  # objects fetched before they are asked for
+OFFLINE_AFTER = 16  # objects in a row that the network did not give
 TRIES = 3
 TIMEOUT_S = 60.0  # of a connection that gives nothing
 # Sketchfab's names of the Creative Commons licences, all version 4.0 (https://sketchfab.com/licenses).
@@ -56,7 +60,7 @@ def list_objaverse(uids_file: Path | None = None, names: Sequence[str] = ()) -> 
     """The objects of Objaverse, or those in `uids_file`, or those in `names` of these, sorted by uid.
 
     Where nothing can be fetched, those whose GLB is not in the folder are left out and their number is said; else
-    `fetch_assets` makes the files be there.  UserError for damaged files, and for UIDs that are not in Objaverse.
+    `Downloads` makes the files be there.  UserError for damaged files, and for UIDs that are not in Objaverse.
     """
     root = download_folder()
     given = read_uids(uids_file) if uids_file else []
@@ -84,27 +88,40 @@ def list_objaverse(uids_file: Path | None = None, names: Sequence[str] = ()) -> 
 
 
 def read_metadata(root: Path, folders: dict[str, list[str]], paths: dict[str, str]) -> list[Asset]:
-    """The objects of `folders`, {folder: uids}, with what the metadata files say of them, one file in memory a time."""
+    """The objects of `folders`, {folder: uids}, with what the metadata says of them, read in parallel."""
     lvis = read_lvis(root)
+    tasks = {}
+    for number, (folder, inside) in enumerate(sorted(folders.items())):
+        categories = {uid: lvis[uid] for uid in inside if uid in lvis}
+        tasks[number] = (root, folder, {uid: paths[uid] for uid in inside}, categories)
     assets, unknown = [], 0
-    collecting = gc.isenabled()
-    gc.disable()  # the collector would walk each file's million values again and again: a third of the time
-    try:
-        with Progress("objaverse metadata", len(folders), "file", show=len(folders) > 10) as progress:
-            for folder, inside in sorted(folders.items()):
-                path = root / "metadata" / f"{folder}.json.gz"
-                facts = read_gz_json(path) if path.exists() else {}
-                unknown += sum(uid not in facts for uid in inside)
-                assets += [
-                    _asset(uid, root / paths[uid], path, facts.get(uid, {}), lvis.get(uid, [])) for uid in inside
-                ]
-                progress.update()
-    finally:
-        if collecting:
-            gc.enable()
+    several = len(tasks) > 4  # else starting processes costs more than it saves
+    with Progress("objaverse metadata", len(tasks), "file", show=several) as progress:
+        for _, (read, without) in parallel(read_metadata_file, tasks, 0 if several else 1):
+            assets += read
+            unknown += without
+            progress.update()
     if unknown:
         say(f"of {unknown} of {len(assets)} objects {root}/metadata says nothing: licence and caption are unknown")
     return assets
+
+
+def read_metadata_file(
+    root: Path, folder: str, paths: dict[str, str], lvis: dict[str, list[str]]
+) -> tuple[list[Asset], int]:
+    """The objects of one folder, {uid: path below `root`}; and the number of those that its file does not know."""
+    collecting = gc.isenabled()
+    gc.disable()  # the collector would walk the file's million values again and again: a third of the time
+    try:
+        path = root / "metadata" / f"{folder}.json.gz"
+        facts = read_gz_json(path) if path.exists() else {}
+        assets = [
+            _asset(uid, root / place, path, facts.get(uid, {}), lvis.get(uid, [])) for uid, place in paths.items()
+        ]
+        return assets, sum(uid not in facts for uid in paths)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _asset(uid: str, path: Path, file: Path, facts: Any, lvis: list[str]) -> Asset:
@@ -226,17 +243,15 @@ def package(root: Path) -> Iterator[Any]:
 
     before, timeout = objaverse._VERSIONED_PATH, socket.getdefaulttimeout()
     objaverse._VERSIONED_PATH = str(root)  # it has no other way to name a folder
+    objaverse.print = lambda *_, **__: None  # it prints a line for each object; this hides the built-in from it
     socket.setdefaulttimeout(TIMEOUT_S)  # it would wait for ever
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each object
-            yield objaverse
+        yield objaverse
     except OSError as error:  # urllib's errors are of this kind
-        raise UserError(
-            f"source={OBJAVERSE}: the network gives nothing ({error}); try again, or set HF_HUB_OFFLINE=1 to use what "
-            f"{root} holds"
-        ) from None
+        raise no_network(error) from None
     finally:
         objaverse._VERSIONED_PATH = before
+        del objaverse.print
         socket.setdefaulttimeout(timeout)
 
 
@@ -256,83 +271,93 @@ def fetch_metadata(root: Path, example: dict[str, str]) -> None:
             progress.update()
 
 
-def fetch_assets(assets: Sequence[Asset], threads: int = 8) -> list[Asset]:
-    """Those of `assets` whose files are there, after fetching from Objaverse what is missing.
+@dataclass(frozen=True)
+class Fetched:
+    asset: Asset
+    is_new: bool = False  # it was not there before
+    error: OSError | None = None  # why it cannot be had
 
-    Other sources' are returned as they are.  Objects that the server does not give are named and left out; UserError
-    when none is left, and where the network gives nothing.  What has arrived is kept: the same call goes on from there.
+
+class Downloads:
+    """Iterates over `assets` as `Fetched`, in their order, fetching those of Objaverse that are missing.
+
+    Threads may share it; they fetch up to AHEAD objects before they are asked for, so that the disk need not hold all.
+    UserError where nothing can be fetched, or when the network gives nothing OFFLINE_AFTER times in a row.
     """
-    lost = _fetch_missing(assets, threads)
-    left = [asset for asset in assets if asset.uid not in lost]
-    if lost and not left:
-        raise UserError(f"source={OBJAVERSE}: none of {len(lost)} objects can be fetched; give other UIDs")
-    return left
 
+    def __init__(self, assets: Sequence[Asset], threads: int = 8):
+        self._left = iter(assets)
+        self._waiting: collections.deque[tuple[Asset, Future[OSError | None] | None]] = collections.deque()
+        self._lock, self._failures = threading.Lock(), 0
+        root = download_folder()
+        there = files_there(root) if any(asset.source == SOURCE for asset in assets) else set()
+        missing = [asset for asset in assets if asset.source == SOURCE and _place(asset) not in there]
+        self.missing = {asset.uid for asset in missing}
+        if missing and not can_fetch():
+            raise UserError(
+                f"source={OBJAVERSE}: {missing[0].path} and {len(missing) - 1} more are not there; {INSTALL}"
+            )
+        if missing:
+            say(f"fetching {len(missing)} objects to {root} as they are needed")
+        self._context = package(root) if missing else contextlib.nullcontext()
+        self._pool = ThreadPoolExecutor(threads)
 
-def fetched_in_chunks(assets: Sequence[Asset], size: int = CHUNK, threads: int = 8) -> Iterator[list[Asset]]:
-    """`assets` in lists of at most `size`, each fetched when it is asked for: the disk need not hold all of them.
+    def __enter__(self) -> Self:
+        self._objaverse = self._context.__enter__()
+        return self
 
-    What was fetched for a list is deleted when the next is asked for; files that were there before are left alone.
-    """
-    for first in range(0, len(assets), size):
-        chunk = assets[first : first + size]
-        fetched = [asset for asset in chunk if asset.source == SOURCE and not asset.path.exists()]
-        lost = _fetch_missing(fetched, threads)
-        yield [asset for asset in chunk if asset.uid not in lost]
-        for asset in fetched:
-            asset.path.unlink(missing_ok=True)
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)  # a download under way is waited for
+        self._context.__exit__(None, None, None)
 
+    def __iter__(self) -> Self:
+        return self
 
-def _fetch_missing(assets: Sequence[Asset], threads: int) -> dict[str, str]:
-    """{uid: reason} of those that the server does not give, each of which is also said."""
-    wanted = [asset for asset in assets if asset.source == SOURCE]
-    root = download_folder()
-    there = files_there(root) if wanted else set()
-    missing = [asset for asset in wanted if _place(asset) not in there]
-    if not missing:
-        return {}
-    if not can_fetch():
-        raise UserError(f"source={OBJAVERSE}: {missing[0].path} and {len(missing) - 1} more are not there; {INSTALL}")
-    lost: dict[str, str] = {}
-    with Progress("fetching objects", len(missing), "object") as progress:
-        for first in range(0, len(missing), CHUNK):
-            chunk = missing[first : first + CHUNK]
-            lost |= _fetch_chunk(root, chunk, threads)
-            progress.update(len(chunk), missing=str(len(lost)))
-    for uid, reason in lost.items():
-        say(f"{uid} cannot be fetched and is left out: {reason}")
-    return lost
+    def __next__(self) -> Fetched:
+        with self._lock:
+            while len(self._waiting) < AHEAD and (asset := next(self._left, None)) is not None:
+                missing = asset.uid in self.missing
+                self._waiting.append((asset, self._pool.submit(_download, self._objaverse, asset) if missing else None))
+            if not self._waiting:
+                raise StopIteration
+            asset, future = self._waiting.popleft()
+        if future is None:
+            return Fetched(asset)
+        error = future.result()
+        with self._lock:
+            self._failures = self._failures + 1 if error is not None and not is_refusal(error) else 0
+            if self._failures >= min(OFFLINE_AFTER, len(self.missing)):
+                raise no_network(error)
+        return Fetched(asset, error is None, error)
 
 
 def _place(asset: Asset) -> str:
     return f"glbs/{asset.path.parent.name}/{asset.path.name}"
 
 
-def _fetch_chunk(root: Path, chunk: Sequence[Asset], threads: int) -> dict[str, str]:
-    """Downloads `chunk`; {uid: reason} of what cannot be had.  UserError when it is the network that gives nothing.
+def _download(objaverse: Any, asset: Asset) -> OSError | None:
+    """Through the package's function for one object, which writes beside and renames.
 
-    Through the package's function for one object, which writes beside and renames: `load_objects` gives up all that is
-    left at the first failure, and its pool of processes waits for ever when an error cannot be pickled.
+    Its `load_objects` gives up all that is left at the first failure, and its pool of processes waits for ever when an
+    error cannot be pickled.
     """
+    for attempt in range(TRIES):
+        try:
+            objaverse._download_object(asset.uid, _place(asset), 0, 0)
+            return None
+        except OSError as failed:  # urllib's errors are of this kind
+            error = failed
+            if is_refusal(error):
+                break
+            time.sleep(2**attempt)
+    return error
 
-    def one(asset: Asset) -> OSError | None:
-        for attempt in range(TRIES):
-            try:
-                objaverse._download_object(asset.uid, _place(asset), 0, 0)
-                return None
-            except OSError as failed:  # urllib's errors are of this kind
-                error = failed
-                if is_refusal(error):
-                    break
-                time.sleep(2**attempt)
-        return error
 
-    with package(root) as objaverse, ThreadPoolExecutor(threads) as pool:
-        errors = {asset.uid: error for asset, error in zip(chunk, pool.map(one, chunk), strict=True) if error}
-        network = [error for error in errors.values() if not is_refusal(error)]
-        if len(network) == len(chunk):
-            raise network[0]
-    return {uid: str(error) for uid, error in errors.items()}
+def no_network(error: OSError | None) -> UserError:
+    return UserError(
+        f"source={OBJAVERSE}: the network gives nothing ({error}); try again, or set HF_HUB_OFFLINE=1 to use what "
+        f"{download_folder()} holds"
+    )
 
 
 def is_refusal(error: OSError) -> bool:

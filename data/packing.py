@@ -13,19 +13,17 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
 from data.files import UserError, atomic_file, read_json, write_json
-from data.processes import die_with_parent, locked
+from data.processes import locked, parallel
 from data.progress import Progress
 from data.shards import (
     FORMAT,
@@ -33,17 +31,18 @@ from data.shards import (
     MEMBERS,
     Cameras,
     Manifest,
+    Members,
     Shard,
     decode_image,
     mark,
     open_sample,
     parse_manifest,
     read_meta,
+    read_rows,
     require_views,
 )
 from data.sources import ShardFolder
 
-T = TypeVar("T")
 NUMBERED = re.compile(r"shard-(\d+)\.tar")
 
 
@@ -184,25 +183,6 @@ def write_shards(out: Path, plan: list[list[Source]], first: int, image_format: 
             done[number] = packed
             progress.update(len(plan[number]))
     return [done[i] for i in range(len(tasks))]
-
-
-def parallel(work: Callable[..., T], tasks: dict[int, tuple[Any, ...]], processes: int) -> Iterator[tuple[int, T]]:
-    """(number, work(*arguments)) of each task as it is done.  processes: 0 for one a core.
-
-    Fresh interpreters, since forking one that has threads, as torch has, may hang; they end with this one.
-    """
-    workers = min(processes or len(os.sched_getaffinity(0)), len(tasks))
-    if workers <= 1:
-        yield from ((number, work(*arguments)) for number, arguments in tasks.items())
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=die_with_parent) as pool:
-        futures = {pool.submit(work, *arguments): number for number, arguments in tasks.items()}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def task_mark(sources: list[Source], image_format: str) -> str:
@@ -395,7 +375,10 @@ def verify(location: str, decode: bool = False, processes: int = 0) -> list[str]
 
     manifest = read_manifest(location)
     problems: list[str] = []
-    tasks = {i: (location, shard, manifest.resolution, decode) for i, shard in enumerate(manifest.shards)}
+    tasks = {
+        i: (location, shard, manifest.kind, manifest.resolution if decode else None)
+        for i, shard in enumerate(manifest.shards)
+    }
     with Progress("verifying", manifest.count, "object") as progress:
         for number, found in parallel(verify_shard, tasks, processes):
             problems += found
@@ -403,7 +386,8 @@ def verify(location: str, decode: bool = False, processes: int = 0) -> list[str]
     return sorted(problems)
 
 
-def verify_shard(location: str, shard: Shard, resolution: int, decode: bool) -> list[str]:
+def verify_shard(location: str, shard: Shard, kind: str, resolution: int | None) -> list[str]:
+    """resolution: of the pictures, to decode them too."""
     folder = ShardFolder(location)
     where = folder.describe(shard.name)
     size = folder.size(shard.name)
@@ -413,21 +397,29 @@ def verify_shard(location: str, shard: Shard, resolution: int, decode: bool) -> 
     for offset in range(0, shard.bytes, 2**24):
         digest.update(folder.read(shard.name, offset, min(2**24, shard.bytes - offset), shard.sha256))
     problems = [] if digest.hexdigest() == shard.sha256 else [f"{where}: SHA-256 is not the manifest's"]
-    if not problems and not decode:  # these are the bytes that were packed, and each picture was decoded then
+    if not problems and resolution is None:  # these are the bytes that were packed, and each picture was decoded then
         return []
     for number, key in enumerate(shard.keys):
         try:
             with open_sample(folder, shard, number) as members:
-                meta = read_meta(members, shard.marks[number])
-                for view in meta["views"]:
-                    for name, crc in view["crc32"].items():
-                        content = members.checked(name, crc)
-                        if decode and name == view["file"]:
-                            decode_image(content, resolution, resolution)
-        except UserError as error:
-            text = str(error)
+                check_members(members, read_meta(members, shard.marks[number], kind), kind, resolution)
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            text = str(error) if isinstance(error, UserError) else f"its metadata is damaged ({error!r})"
             problems.append(text if key in text else f"{where}, object {key}: {text}")
     return problems
+
+
+def check_members(members: Members, meta: dict[str, Any], kind: str, resolution: int | None) -> None:
+    """DamagedSample when a member is not what was packed.  resolution: of the pictures, which are decoded then."""
+    if kind == "latents":
+        for told in (meta["latents"][name] for name in ("moments", "embeddings", "c2w")):
+            read_rows(members, told, range(len(told["crc32"])))
+        return
+    for view in meta["views"]:
+        for name, crc in view["crc32"].items():
+            content = members.checked(name, crc)
+            if resolution is not None and name == view["file"]:
+                decode_image(content, resolution, resolution)
 
 
 def locate_samples(content: bytes) -> Iterable[tuple[str, int, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from conf.cli import check, run
 from data.files import UserError, read_json, require_writable, write_json
+from data.shards import Shard
 from data.sources import CacheConfig, ShardFolder
 from models.config import AutoencoderConfig, ImageEncoderConfig, autoencoder_of, image_encoder_of
 
@@ -97,14 +98,28 @@ def main(config: PrecomputeConfig) -> None:
         done = [finished_shard(out / shard.name, marks[i]) for i, shard in enumerate(shards)]
         time.sleep(0.5 if None in done else 0)
     remove_temporary(out)  # what killed runs left; nobody is writing any more
-    packed = [one for one in done if one is not None and one.shard.keys]
-    if not packed:
+    found = [present(one.shard, shard) for one, shard in zip(done, shards, strict=True) if one is not None]
+    latents = [shard for shard in found if shard.keys]
+    if not latents:
         raise UserError(f"shards={config.shards}: every object is damaged; copy the shards again")
     cameras = dataset.manifest.cameras
-    manifest = Manifest(config.image_size, cameras, [p.shard for p in packed], "latents", encoders)
+    manifest = Manifest(config.image_size, cameras, latents, "latents", encoders)
     write_manifest(out, manifest)
     lost = dataset.manifest.count - manifest.count
     print(f"{out}: latents of {manifest.count} objects" + (f"; {lost} damaged ones are left out" if lost else ""))
+
+
+def present(latents: Shard, views: Shard) -> Shard:
+    """The shard of latents without the objects that have left the shard of views since, being rendered again."""
+    wanted = set(sources_of(views))
+    rows = [n for n, source in enumerate(latents.sources) if source in wanted]
+    columns = ("keys", "offsets", "sizes", "marks", "sources")
+    kept: Any = {name: [getattr(latents, name)[n] for n in rows] for name in columns}
+    return replace(latents, **kept)
+
+
+def sources_of(views: Shard) -> list[str]:
+    return [f"{mark}.{key}" for mark, key in zip(views.marks, views.keys, strict=True)]
 
 
 def networks(config: PrecomputeConfig) -> tuple[Any, Any]:
@@ -146,11 +161,11 @@ def encode_shard(task: Task, index: int, path: Path, progress: Any) -> None:
     def samples() -> Any:
         shard = task.dataset.manifest.shards[index]
         first = int(task.dataset.starts[0][index])
-        for row, key in enumerate(shard.keys):
+        for row, source in enumerate(sources_of(shard)):
             sample = encoded_sample(task, first + row)
             progress.update()
             if sample is not None:
-                yield sample, f"{shard.marks[row]}.{key}"
+                yield sample, source
 
     written = write_tar(path, samples())
     write_json(sidecar(path), {"task": task.mark, **asdict(Packed(written, task.dataset.manifest.cameras))})
@@ -177,7 +192,8 @@ def encoded_sample(task: Task, number: int) -> dict[str, Any] | None:
         torch.stack([pictures[name] for name in embedded]),
         task.config.batch,
     )
-    content, told = pack_latents(moments, embeddings, task.config.dtype)
+    c2w = torch.tensor([view["c2w"] for view in meta["views"]])
+    content, told = pack_latents(moments, embeddings, c2w, task.config.dtype)
     return {"__key__": meta["uid"], MEMBER: content, "json": described(meta, told, embedded)}
 
 

@@ -9,11 +9,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 from data.files import UserError, require_writable
 
+T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -48,3 +52,22 @@ def locked(folder: Path, wait_s: float = 45) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def parallel(work: Callable[..., T], tasks: dict[int, tuple[Any, ...]], processes: int) -> Iterator[tuple[int, T]]:
+    """(number, work(*arguments)) of each task as it is done.  processes: 0 for one a core.
+
+    Fresh interpreters, since forking one that has threads, as torch has, may hang; they end with this one.
+    """
+    workers = min(processes or len(os.sched_getaffinity(0)), len(tasks))
+    if workers <= 1:
+        yield from ((number, work(*arguments)) for number, arguments in tasks.items())
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=die_with_parent) as pool:
+        futures = {pool.submit(work, *arguments): number for number, arguments in tasks.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

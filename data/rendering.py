@@ -13,7 +13,6 @@ import inspect
 import json
 import math
 import os
-import queue
 import shutil
 import sys
 import threading
@@ -35,7 +34,8 @@ from data.blender_pool import WORKER, BlenderProcess, ObjectFailed, ObjectReject
 from data.cameras import framing_distance, orbit_camera
 from data.contact_sheet import draw_strip, write_contact_sheet
 from data.files import UserError, atomic_folder, read_json, require_writable, write_json
-from data.objaverse_assets import fetch_assets
+from data.objaverse_assets import SOURCE as OBJAVERSE
+from data.objaverse_assets import Downloads, Fetched, is_refusal
 from data.processes import locked
 from data.progress import Progress
 from data.render_ledger import Verdict, ledger_path, printable, read_verdicts, verdict_table, write_verdict
@@ -85,6 +85,7 @@ class RenderConfig:
     processes: int = 0  # Blender processes of one thread each; 0: one per core, or 2 on a GPU
     part: int | None = None  # this process renders part `part` of `parts`, chosen by hash of the uid;
     parts: int | None = None  # null: as the SLURM array says, else all
+    keep_downloads: bool = True  # false: what was fetched of Objaverse is deleted once it is rendered
     retry: bool = False  # try again what failed or was rejected with the same settings
     blender: str = "auto"  # or the path of Blender, or of a Python that has the bpy module
     rings: int = 4  # rings per object, each with its own start azimuth, elevation, fov and framing
@@ -232,11 +233,16 @@ def fingerprint(config: RenderConfig, asset: Asset) -> str:
         "settings": {name: getattr(config, name) for name in CAMERA_SETTINGS + QUALITY_SETTINGS},
         "seed": str(config.seed),
         "light": plan_light(config, asset.uid),
-        "asset": [asset.uid, asset.path.name, asset.path.stat().st_size, asset.front_yaw_deg, asset.rotation],
+        "asset": [asset.uid, asset.path.name, file_size(asset), asset.front_yaw_deg, asset.rotation],
         "code": code_mark(),
     }
     facts = json.loads(json.dumps(facts), parse_int=float)  # 90 and 90.0 are the same setting
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def file_size(asset: Asset) -> int:
+    """Bytes; 0 for objects of Objaverse, which never change and may have been deleted after they were rendered."""
+    return 0 if asset.source == OBJAVERSE else asset.path.stat().st_size
 
 
 @cache
@@ -345,7 +351,6 @@ def render_all(config: RenderConfig) -> None:
     require_writable(out, needed_mb=64)
     version, device = check_blender(blender, config.device)
     say(f"{version} on {device}" + (f", part {part} of {parts}" if parts > 1 else ""))
-    assets = fetch_assets(assets)
     with only_renderer(out, part, parts):
         prints = {asset.uid: fingerprint(config, asset) for asset in assets}
         missing = [asset for asset in assets if not is_present(out, asset.uid, prints[asset.uid])]
@@ -414,9 +419,6 @@ def run_workers(
     progress: Progress,
 ) -> dict[str, Verdict]:
     """Feeds `assets` to the Blender processes, one thread for each.  Returns {uid: verdict} of those not rendered."""
-    waiting: queue.SimpleQueue[Asset] = queue.SimpleQueue()
-    for asset in assets:
-        waiting.put(asset)
     lock, stop = threading.Lock(), threading.Event()
     left_out: dict[str, Verdict] = {}
     at_once = config.processes or (len(os.sched_getaffinity(0)) if device == "CPU" else 2)
@@ -429,9 +431,11 @@ def run_workers(
         with lock:
             progress.update(1, left_out=str(len(left_out)))
 
-    def one_object(worker: BlenderProcess, asset: Asset) -> None:
-        began, status, reason = time.monotonic(), "rendered", ""
+    def one_object(worker: BlenderProcess, item: Fetched) -> None:
+        asset, began, status, reason = item.asset, time.monotonic(), "rendered", ""
         try:
+            if item.error is not None:
+                raise ObjectFailed(f"cannot be fetched: {item.error}")
             render_object(config, asset, prints[asset.uid], device, worker, one_view, limits["faces"])
         except (ObjectFailed, ObjectRejected) as error:
             if stop.is_set():
@@ -440,7 +444,8 @@ def run_workers(
         seconds = round(time.monotonic() - began, 2)
         verdict = Verdict(asset.uid, status, reason, prints[asset.uid], limits, seconds, round(time.time(), 3))
         with lock:
-            write_verdict(ledger, verdict)
+            if item.error is None or is_refusal(item.error):  # what the network did not give is tried again next time
+                write_verdict(ledger, verdict)
             if reason:
                 remove_pictures(Path(config.out) / asset.uid)
                 left_out[asset.uid] = verdict
@@ -448,14 +453,18 @@ def run_workers(
 
     def work(worker: BlenderProcess) -> None:
         try:
-            while not stop.is_set() and not waiting.empty():
-                with contextlib.suppress(queue.Empty):
-                    one_object(worker, waiting.get_nowait())
+            while not stop.is_set() and (item := next(downloads, None)) is not None:
+                one_object(worker, item)
+                if item.is_new and not config.keep_downloads:
+                    item.asset.path.unlink(missing_ok=True)
         except BaseException:  # the disk is full, or a defect of ours: the others stop too
             stop.set()
             raise
 
-    with ThreadPoolExecutor(len(workers)) as threads:  # leaving it waits until what they were writing is removed
+    with (
+        Downloads(assets) as downloads,
+        ThreadPoolExecutor(len(workers)) as threads,
+    ):  # leaving it waits until what they were writing is removed
         try:
             for future in [threads.submit(work, worker) for worker in workers]:
                 future.result()

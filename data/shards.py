@@ -16,11 +16,12 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,32 +232,59 @@ def walk(read: Callable[[int, int], bytes], size: int, key: str, where: str) -> 
     return places
 
 
-def read_meta(members: Members, expected_mark: str) -> dict[str, Any]:
+def read_meta(members: Members, expected_mark: str, kind: str) -> dict[str, Any]:
     """The object's meta.json.  DamagedSample when it is not the packed one, or lacks what is read of it."""
     content = members["json"]
     if mark(content) != expected_mark:
         raise DamagedSample(f"{members.where}: its .json is not what was packed; copy the shard again")
     try:
         meta: dict[str, Any] = json.loads(content)
-        require_views(meta)
+        require_views(meta, kind)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedSample(f"{members.where}: its metadata is damaged ({error!r}); pack the views again") from None
     return meta
 
 
-def require_views(meta: dict[str, Any]) -> None:
-    """ValueError, KeyError or TypeError when meta.json lacks what training reads of it, or holds it wrongly."""
+def require_views(meta: dict[str, Any], kind: str = "views") -> None:
+    """ValueError, KeyError or TypeError when meta.json lacks what training reads of it, or holds it wrongly.
+
+    kind: "views", or "latents", whose cameras are among the tensors.
+    """
     if not isinstance(meta["uid"], str) or not isinstance(meta["views"], list):
         raise ValueError("uid must be a string and views a list")
-    cameras = np.asarray([view["c2w"] for view in meta["views"]], dtype=np.float64).reshape(len(meta["views"]), -1)
-    if cameras.shape[1:] != (16,) or not np.isfinite(cameras).all():
-        good = [row.shape == (16,) and bool(np.isfinite(row).all()) for row in cameras]
-        raise ValueError(f"c2w of {meta['views'][good.index(False)]['file']} is not a finite 4 x 4 matrix")
+    if kind == "latents" and not isinstance(meta["latents"]["embedded"], list):
+        raise ValueError("latents.embedded must be a list")
+    if kind == "views":
+        c2w = np.asarray([view["c2w"] for view in meta["views"]], dtype=np.float64).reshape(len(meta["views"]), -1)
+        if c2w.shape[1:] != (16,) or not np.isfinite(c2w).all():
+            good = [row.shape == (16,) and bool(np.isfinite(row).all()) for row in c2w]
+            raise ValueError(f"c2w of {meta['views'][good.index(False)]['file']} is not a finite 4 x 4 matrix")
     for view in meta["views"]:
         if not isinstance(view["file"], str) or not isinstance(view["role"], str):
             raise ValueError(f"file={view['file']!r} and role={view['role']!r} of a view must be strings")
         if view["role"] == "ring" and not (isinstance(view["ring"], int) and isinstance(view["index"], int)):
             raise ValueError(f"ring={view['ring']!r} and index={view['index']!r} of a view must be integers")
+
+
+def read_rows(members: Members, told: dict[str, Any], numbers: Iterable[int]) -> np.ndarray:
+    """Rows of a tensor of `latents.safetensors`, (N, ...) as they are stored.  DamagedSample when they are not whole.
+
+    told: {"shape", "dtype", "offset", "crc32": one a row}, as data/precompute.py leaves it in the .json, so that only
+    the rows asked for are read, and each is checked.
+    """
+    try:
+        shape, dtype = tuple(told["shape"][1:]), {"float16": np.float16, "float32": np.float32}[told["dtype"]]
+        begin, whole = members.places["latents.safetensors"]
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        offsets = [told["offset"] + n * size for n in numbers]
+        if not all(0 <= offset <= whole - size for offset in offsets):
+            raise ValueError(f"rows of {size} bytes at {offsets} are outside of it")
+        rows = [
+            members.part(begin + offset, size, told["crc32"][n]) for n, offset in zip(numbers, offsets, strict=True)
+        ]
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise DamagedSample(f"{members.where}: its latents are damaged ({error!r}); precompute again") from None
+    return np.frombuffer(b"".join(rows), dtype).reshape(len(rows), *shape)
 
 
 def decode_image(content: bytes, size: int, expected: int | None = None) -> np.ndarray:

@@ -13,6 +13,7 @@ import contextlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.files import UserError
-from data.shards import DamagedSample, Manifest, Members, decode_image, open_sample, read_manifest, read_meta
+from data.shards import (
+    DamagedSample,
+    Manifest,
+    Members,
+    decode_image,
+    open_sample,
+    read_manifest,
+    read_meta,
+    read_rows,
+)
 from data.sources import ShardFolder
 
 TRIES = 16  # other objects in place of a damaged one, before the shards are given up
@@ -109,6 +119,7 @@ class StoredObject:
 
     meta: dict[str, Any]
     members: Members
+    kind: str  # "views" or "latents"
     resolution: int  # that its pictures were packed with
     size: int  # that they are wanted in
 
@@ -124,26 +135,33 @@ class StoredObject:
         except UserError as error:
             raise DamagedSample(f"{self.members.where}: {error}; pack the views again") from None
 
+    def cameras(self, views: list[dict[str, Any]]) -> Tensor:
+        """Camera to world, (N, 4, 4) in float32."""
+        if self.kind == "views":
+            return torch.tensor([view["c2w"] for view in views], dtype=torch.float32)
+        c2w = self._rows("c2w", [self._number[view["file"]] for view in views])
+        if c2w.shape[1:] != (4, 4) or not c2w.isfinite().all():
+            raise DamagedSample(f"{self.members.where}: its c2w are not finite 4 x 4 matrices; precompute again")
+        return c2w
+
     def moments(self, views: list[dict[str, Any]]) -> Tensor:
         """(N, 2C, h, w) in float32 of those views."""
-        numbers = [self.meta["views"].index(view) for view in views]
-        return self._slices("moments", numbers)
+        return self._rows("moments", [self._number[view["file"]] for view in views])
 
     def embedding(self, view: dict[str, Any]) -> Tensor:
         """(T, D) in float32 of a reference view."""
-        return self._slices("embeddings", [self.meta["latents"]["embedded"].index(view["file"])])[0]
+        embedded = self.meta["latents"]["embedded"]
+        return self._rows("embeddings", [embedded.index(view["file"]) if view["file"] in embedded else len(embedded)])[
+            0
+        ]
 
-    def _slices(self, name: str, numbers: list[int]) -> Tensor:
-        """Rows of a tensor of latents.safetensors, each with its own CRC, so that only these are read."""
-        try:
-            told = self.meta["latents"][name]
-            shape, dtype = tuple(told["shape"][1:]), {"float16": np.float16, "float32": np.float32}[told["dtype"]]
-            begin, _ = self.members.places["latents.safetensors"]
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            rows = [self.members.part(begin + told["offset"] + n * size, size, told["crc32"][n]) for n in numbers]
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise DamagedSample(f"{self.members.where}: its latents are damaged ({error!r})") from None
-        return torch.from_numpy(np.stack([np.frombuffer(row, dtype).reshape(shape) for row in rows]).astype(np.float32))
+    @cached_property
+    def _number(self) -> dict[str, int]:
+        return {view["file"]: number for number, view in enumerate(self.meta["views"])}
+
+    def _rows(self, name: str, numbers: list[int]) -> Tensor:
+        """Rows of a tensor of latents.safetensors, in float32."""
+        return torch.from_numpy(read_rows(self.members, self.meta["latents"].get(name), numbers).astype(np.float32))
 
 
 @dataclass
@@ -221,7 +239,8 @@ class ViewDataset(Dataset[dict[str, Any]]):
         manifest = self.spans[span].manifest
         shard = manifest.shards[index]
         with open_sample(self.folder, shard, row) as members:
-            yield StoredObject(read_meta(members, shard.marks[row]), members, manifest.resolution, self.image_size)
+            meta = read_meta(members, shard.marks[row], manifest.kind)
+            yield StoredObject(meta, members, manifest.kind, manifest.resolution, self.image_size)
 
     def sample(self, stored: StoredObject, position: int) -> dict[str, Any]:
         """What one place of a batch holds, without batch dimension."""
@@ -232,8 +251,8 @@ class ViewDataset(Dataset[dict[str, Any]]):
         except UserError as error:
             raise type(error)(f"{stored.members.where}: {error}") from None
         item = {
-            "c2w": torch.tensor([view["c2w"] for view in views], dtype=torch.float32),
-            "reference_c2w": torch.tensor([view["c2w"] for view in references], dtype=torch.float32),
+            "c2w": stored.cameras(views),
+            "reference_c2w": stored.cameras(references),
             "key": stored.meta["uid"],
         }
         if self.manifest.kind == "latents":

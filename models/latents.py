@@ -50,29 +50,29 @@ def encode_object(
 def described(meta: dict[str, Any], told: dict[str, Any], embedded: list[str]) -> bytes:
     """The object's .json beside its latents.
 
-    embedded: the files whose embeddings there are.  Cameras have the seven digits that float32 keeps, since reading
-    such a .json is mostly reading numbers.
+    embedded: the files whose embeddings there are.  The cameras are among the tensors, since reading numbers is most
+    of what reading such a .json would cost.
     """
-    views = [{key: value for key, value in view.items() if key != "crc32"} for view in meta["views"]]
-    for view in views:
-        view["c2w"] = [[round(value, 7) for value in row] for row in view["c2w"]]
+    views = [{key: value for key, value in view.items() if key not in ("crc32", "c2w")} for view in meta["views"]]
     content = meta | {"views": views, "latents": {**told, "embedded": embedded}}
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
-def pack_latents(moments: Tensor, embeddings: Tensor, dtype: str) -> tuple[bytes, dict[str, Any]]:
+def pack_latents(moments: Tensor, embeddings: Tensor, c2w: Tensor, dtype: str) -> tuple[bytes, dict[str, Any]]:
     """The safetensors member, and what the object's .json says of it: where each row lies, and its CRC-32.
 
-    dtype: float16 or float32, as they are stored.
+    moments (N, 2C, h, w) and c2w (N, 4, 4) of all views, embeddings (R, T, D).  dtype: float16 or float32, as moments
+    and embeddings are stored; cameras are float32 always.
     """
-    arrays = {"moments": moments.numpy().astype(dtype), "embeddings": embeddings.numpy().astype(dtype)}
+    arrays = {"moments": moments.numpy().astype(dtype), "embeddings": embeddings.numpy().astype(dtype),
+              "c2w": c2w.numpy().astype("float32")}  # fmt: skip
     content = save(arrays)
     begin = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:begin])
     told = {
         name: {
             "shape": list(array.shape),
-            "dtype": dtype,
+            "dtype": array.dtype.name,
             "offset": begin + header[name]["data_offsets"][0],
             "crc32": [zlib.crc32(np.ascontiguousarray(row).tobytes()) for row in array],
         }

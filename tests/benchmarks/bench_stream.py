@@ -71,7 +71,8 @@ def make_latents(folder: Path, objects: int) -> None:
     folder.mkdir()
     views = view_plan()
     moments = torch.randn(len(views), 8, SIZE // 8, SIZE // 8)
-    content, told = pack_latents(moments, torch.randn(REFERENCES, 1, 1024), "float16")
+    c2w = torch.tensor([view["c2w"] for view in views])
+    content, told = pack_latents(moments, torch.randn(REFERENCES, 1, 1024), c2w, "float16")
     embedded = [view["file"] for view in views if view["role"] == "reference"]
     samples = [
         ({"__key__": f"o{n}", MEMBER: content,

@@ -20,7 +20,8 @@ from data import objaverse_assets
 from data.assets import Asset, list_assets
 from data.faces import count_faces
 from data.files import UserError
-from data.objaverse_assets import SOURCE, fetch_assets, fetched_in_chunks, read_uids
+from data.objaverse_assets import SOURCE, Downloads, Fetched, read_uids
+from data.rendering import RenderConfig, render_all
 
 UIDS = [f"{i:032x}" for i in (7, 8, 9, 10)]
 FACTS: dict[str, dict[str, Any]] = {
@@ -74,7 +75,7 @@ def test_what_is_known_of_each_object(root: Path, capsys: pytest.CaptureFixture[
         assert (unknown.caption, unknown.license, unknown.creator, unknown.faces) == ("", "", "", None)
         assert count_faces(unknown.path) == 12
     assert "of 1 of 4 objects" in capsys.readouterr().err
-    assert fetch_assets(assets) == assets
+    assert fetched(assets) == [Fetched(asset) for asset in assets]
 
 
 @pytest.mark.parametrize("name", ["uids.txt", "uids.json"])
@@ -187,7 +188,7 @@ class Hub(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Serves a dataset on loopback; requests of huggingface.co are led to it.  Yields the served folder."""
-    pytest.importorskip("objaverse", reason="needs pip install '.[objaverse]'")
+
     monkeypatch.setenv("OBJAVERSE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     served = make_download(tmp_path / "served")
@@ -207,39 +208,41 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         server.shutdown()
 
 
+def fetched(assets: list[Asset]) -> list[Fetched]:
+    with Downloads(assets) as downloads:
+        return list(downloads)
+
+
 def test_the_package_fetches_lists_first_and_only_missing_objects(hub: Path, tmp_path: Path) -> None:
     home = tmp_path / "home" / "hf-objaverse-v1"
     assets = list_assets("objaverse")
     assert [asset.uid for asset in assets] == UIDS and assets[0].license == "CC-BY-NC-SA-4.0"
     assert not list(home.rglob("*.glb"))
-    assert fetch_assets(assets[:2]) == assets[:2]
+    assert fetched(assets[:2]) == [Fetched(asset, is_new=True) for asset in assets[:2]]
     assert {path.stem for path in home.rglob("*.glb")} == set(UIDS[:2])
     before = assets[0].path.stat().st_mtime_ns
-    assert fetch_assets(assets) == assets and assets[0].path.stat().st_mtime_ns == before
+    assert [item.is_new for item in fetched(assets)] == [False, False, True, True]
+    assert assets[0].path.stat().st_mtime_ns == before
     assert all(count_faces(asset.path) == 12 for asset in assets)
     assert not list(home.rglob("*.tmp"))
 
 
-def test_an_object_that_the_server_lacks_costs_that_object_alone(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_object_that_the_server_lacks_costs_that_object_alone(hub: Path) -> None:
     assets = list_assets("objaverse")
     next(hub.rglob(f"{UIDS[1]}.glb")).unlink()
-    assert [asset.uid for asset in fetch_assets(assets)] == [UIDS[0], *UIDS[2:]]
-    assert f"{UIDS[1]} cannot be fetched and is left out: HTTP Error 404" in capsys.readouterr().err
-    assert [len(chunk) for chunk in fetched_in_chunks(assets[1:], 1)] == [0, 1, 1]
-    with pytest.raises(UserError, match="none of 1 objects can be fetched"):
-        fetch_assets(assets[1:2])
+    items = fetched(assets)
+    assert [item.asset.uid for item in items if item.error is None] == [UIDS[0], *UIDS[2:]]
+    assert "HTTP Error 404" in str(items[1].error)
 
 
-def test_the_disk_need_not_hold_all(hub: Path, tmp_path: Path) -> None:
-    assets = list_assets("objaverse")
-    fetch_assets(assets[:1])
-    seen = []
-    for chunk in fetched_in_chunks(assets, 2):
-        seen += [asset.uid for asset in chunk]
-        assert all(asset.path.is_file() for asset in chunk)
-        assert len(list((tmp_path / "home").rglob("*.glb"))) <= 3
-    assert seen == UIDS
-    assert [path.stem for path in (tmp_path / "home").rglob("*.glb")] == UIDS[:1]
+def test_only_so_many_are_fetched_ahead(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objaverse_assets, "AHEAD", 2)
+    with Downloads(list_assets("objaverse")) as downloads:
+        for number, item in enumerate(downloads):
+            assert item.asset.uid == UIDS[number] and item.asset.path.is_file()
+            assert len(list((tmp_path / "home").rglob("*.glb"))) <= 2
+            item.asset.path.unlink()
+    assert number == 3
 
 
 def test_no_network_is_told_from_what_is_not_there(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +255,25 @@ def test_no_network_is_told_from_what_is_not_there(hub: Path, monkeypatch: pytes
     monkeypatch.setattr(objaverse_assets, "TRIES", 1)
     monkeypatch.setattr(urllib.request, "_opener", urllib.request.build_opener(urllib.request.ProxyHandler({}), Down))
     with pytest.raises(UserError, match=r"network gives nothing.*HF_HUB_OFFLINE=1"):
-        fetch_assets(assets)
+        fetched(assets)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="and 3 more are not there"):
-        fetch_assets(assets)
+        fetched(assets)
+
+
+def test_rendering_fetches_as_it_goes_and_leaves_no_downloads(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    next(hub.rglob(f"{UIDS[1]}.glb")).unlink()
+    settings = RenderConfig(
+        source="objaverse", out=str(tmp_path / "views"), resolution=32, samples=1, denoise=False, rings=1,
+        views_per_ring=4, references=1, eval_views=0, keep_downloads=False, processes=2,
+    )  # fmt: skip
+    render_all(settings)
+    assert sorted(path.parent.name for path in (tmp_path / "views").glob("[!.]*/meta.json")) == [UIDS[0], *UIDS[2:]]
+    assert not list((tmp_path / "home").rglob("*.glb")), "what was fetched is gone again"
+    said = capsys.readouterr().err
+    assert "fetching 4 objects" in said and f"{UIDS[1]} failed: cannot be fetched: HTTP Error 404" in said
+    render_all(settings)
+    said = capsys.readouterr().err
+    assert "4 objects, 3 already there, 0 to render" in said and "fetching" not in said

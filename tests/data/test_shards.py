@@ -201,7 +201,7 @@ def test_any_flipped_byte_is_noticed(packed: Path, data) -> None:
     number = int(place >= shard.offsets[1])
     try:
         with open_sample(ShardFolder(str(spoilt)), shard, number) as members:
-            meta = read_meta(members, shard.marks[number])
+            meta = read_meta(members, shard.marks[number], "views")
             found = {view["file"]: members.checked(view["file"], view["crc32"][view["file"]]) for view in meta["views"]}
         assert found | {"json": good[number]["json"]} == good[number]
     except DamagedSample as error:

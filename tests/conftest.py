@@ -15,7 +15,7 @@ from PIL import Image
 from data.cameras import framing_distance, orbit_camera
 from data.packing import pack
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 OBJECTS, SIZE = 4, 32
 
 
