@@ -218,18 +218,36 @@ def walk(read: Callable[[int, int], bytes], size: int, key: str, where: str) -> 
     position = 0
     while position < size:
         try:
-            member = tarfile.TarInfo.frombuf(read(position, BLOCK), "utf-8", "strict")
-        except (tarfile.TarError, ValueError) as error:
+            name, length = regular_file(read(position, BLOCK))
+        except ValueError as error:
             raise DamagedSample(f"{where}: no tar header at byte {position} ({error}); copy the shard again") from None
-        owner, _, suffix = member.name.partition(".")
+        owner, _, suffix = name.partition(".")
         begin = position + BLOCK
-        position = begin + -(-member.size // BLOCK) * BLOCK
-        if owner != key or not member.isreg() or not MEMBERS.fullmatch(suffix) or suffix in places:
-            raise DamagedSample(f"{where}: holds {member.name!r}, which does not belong there; pack the views again")
-        if member.size < 0 or position > size:
+        position = begin + -(-length // BLOCK) * BLOCK
+        if owner != key or not MEMBERS.fullmatch(suffix) or suffix in places:
+            raise DamagedSample(f"{where}: holds {name!r}, which does not belong there; pack the views again")
+        if position > size:
             raise DamagedSample(f"{where}: {suffix} reaches beyond the sample; copy the shard again")
-        places[suffix] = begin, member.size
+        places[suffix] = begin, length
     return places
+
+
+def regular_file(header: bytes) -> tuple[str, int]:
+    """(name, bytes) of a regular file's header in a tar (POSIX.1-2001, ustar).  ValueError for anything else.
+
+    tarfile reads the fields that are of no use here too, and takes a tenth of a sample's time for it.
+    """
+    if len(header) != BLOCK:
+        raise ValueError("the file ends there")
+    name, prefix = (field.partition(b"\0")[0] for field in (header[:100], header[345:500]))
+    if int(header[148:156].strip(b" \0") or b"0", 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        raise ValueError("its checksum is wrong")
+    if header[156:157] not in (b"0", b"\0") or header[257:262] != b"ustar":
+        raise ValueError("it is not of a regular file")
+    size = int(header[124:136].strip(b" \0") or b"0", 8)
+    if size < 0:
+        raise ValueError(f"a size of {size}")
+    return (prefix + b"/" + name if prefix else name).decode("ascii"), size
 
 
 def read_meta(members: Members, expected_mark: str, kind: str) -> dict[str, Any]:

@@ -50,10 +50,10 @@ def encode_object(
 def described(meta: dict[str, Any], told: dict[str, Any], embedded: list[str]) -> bytes:
     """The object's .json beside its latents.
 
-    embedded: the files whose embeddings there are.  The cameras are among the tensors, since reading numbers is most
-    of what reading such a .json would cost.
+    embedded: the files whose embeddings there are.  Of the views only what tells them apart, and the cameras are among
+    the tensors: reading numbers is most of what reading such a .json would cost.
     """
-    views = [{key: value for key, value in view.items() if key not in ("crc32", "c2w")} for view in meta["views"]]
+    views = [{key: view[key] for key in ("file", "role", "ring", "index") if key in view} for view in meta["views"]]
     content = meta | {"views": views, "latents": {**told, "embedded": embedded}}
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 

@@ -35,7 +35,7 @@ def shown(
 
     Of latents that were computed ahead, what the autoencoder makes of their means.
     """
-    if "latents" in stored.meta:
+    if stored.kind == "latents":
         mean, _ = stored.moments([reference_view, *posed]).chunk(2, dim=1)
         device = next(model.vae.parameters()).device
         pictures = decode_latents(model.vae, mean.to(device) * model.vae.config["scaling_factor"]).cpu()
@@ -64,9 +64,9 @@ def sample_grid(
             with dataset.open(number - 1) as stored:
                 reference_view, posed = validation_views(stored.meta, dataset.num_views)
                 reference, truth, context = shown(model, stored, reference_view, posed)
+                c2w = stored.cameras(posed)
         except DamagedSample:
             continue
-        c2w = torch.tensor([view["c2w"] for view in posed], dtype=torch.float32)
         sampled = sample_views(
             model,
             context,

@@ -23,7 +23,16 @@ from PIL import Image
 
 from data.files import UserError
 from data.packing import locate_samples, pack, verify
-from data.shards import DamagedSample, Shard, damaged_shards, decode_image, open_sample, read_manifest, read_meta
+from data.shards import (
+    DamagedSample,
+    Shard,
+    damaged_shards,
+    decode_image,
+    open_sample,
+    read_manifest,
+    read_meta,
+    regular_file,
+)
 from data.sources import ShardFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -284,3 +293,37 @@ def test_the_command(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "packed: 3 objects in 1 shards" in done[0].stdout and "verified: 3 objects" in done[1].stdout, done
     assert done[2].returncode == 2 and "views is not set" in done[2].stderr
+
+
+NAMES = st.text(st.characters(codec="ascii", min_codepoint=33, exclude_characters="/"), min_size=1, max_size=99)
+
+
+@given(NAMES, st.integers(0, 8**11 - 1), st.integers(0, 2**31), st.sampled_from("01235"))
+@settings(deadline=None, max_examples=300)
+def test_headers_are_read_as_tarfile_reads_them(name: str, size: int, mtime: int, kind: str) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mtime, member.type = size, mtime, kind.encode()
+    header = member.tobuf(tarfile.USTAR_FORMAT)
+    if kind == "0":
+        assert regular_file(header) == (name, size)
+    else:
+        with pytest.raises(ValueError, match="regular file"):
+            regular_file(header)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=300)
+def test_headers_that_tarfile_refuses_are_refused(data) -> None:
+    header = bytearray(tarfile.TarInfo("a.json").tobuf(tarfile.USTAR_FORMAT))
+    for _ in range(data.draw(st.integers(1, 3))):
+        header[data.draw(st.integers(0, 511))] ^= data.draw(st.integers(1, 255))
+    try:
+        member = tarfile.TarInfo.frombuf(bytes(header), "ascii", "strict")
+        theirs = (member.name, member.size) if member.isreg() and bytes(header[257:262]) == b"ustar" else None
+    except (tarfile.TarError, ValueError):
+        theirs = None
+    try:
+        ours = regular_file(bytes(header))
+    except ValueError:
+        ours = None
+    assert ours is None or ours == theirs, "never more than tarfile reads"
