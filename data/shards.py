@@ -320,7 +320,8 @@ def decode_image(content: bytes, size: int, expected: int | None = None) -> np.n
                 raise UserError(f"a view of {picture.width} x {picture.height} pixels, where {expected} were packed")
             image = picture.convert("RGBA")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"a view is not a PNG or WebP picture that can be read ({error})") from None
+        what = str(error).partition(" <")[0]  # not the address of the buffer
+        raise UserError(f"a view is not a PNG or WebP picture that can be read ({what})") from None
     if image.width != size:  # "RGBa" is premultiplied, so that the colour behind transparent pixels does not bleed
         image = (
             image.convert("RGBa")

@@ -2,12 +2,13 @@
 
     checkpoints/step_00001000/  state.json  engine/ (DeepSpeed)  weight_average_rank0.safetensors ...
 
-Order, noise, dropout and branches are functions of the step (see data.stream, train.objective), so the step is all the
-state there is beside the engine's and the average's.
+Order, noise, dropout and branches are functions of the batch's number (see data.stream, train.objective), so that is
+all the state there is beside the engine's and the average's.  state.json has the SHA-256 of every file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -26,15 +27,21 @@ from train.config import TrainConfig
 from train.engine import WeightAverage, all_agree
 from train.shard_history import SavedSpan, as_json
 
-FORMAT = "isotropic3d-checkpoint/2"
+FORMAT = "isotropic3d-checkpoint/3"
 STATE_BYTES = 18  # a parameter: weight in bf16, and in fp32 its master, Adam's two moments and the running average
 
 
 @dataclass
 class TrainState:
     spans: list[SavedSpan]  # which objects the stream holds, from which position on
-    step: int = 0  # optimizer steps done; with the seed, this is the position in the stream and of all randomness
+    step: int = 0  # optimizer steps done
+    skipped: int = 0  # batches that left no step, since a gradient was not finite
     seconds: float = 0.0  # training time of all sessions
+
+    @property
+    def batch(self) -> int:
+        """Number of the next batch; with the seed, this is the position in the stream and of all randomness."""
+        return self.step + self.skipped
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
@@ -42,7 +49,8 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
     Dotted keys, so that the first difference can be named.
     """
-    free = {"name", "out", "resume", "wandb", "cpu", "dry_run", "dry_run_processes", "steps", "keep_checkpoints"}
+    free = {"name", "out", "resume", "wandb", "cpu", "dry_run", "dry_run_processes", "steps", "keep_checkpoints",
+            "max_skipped"}  # fmt: skip
     settings = {
         k: v
         for k, v in asdict(config).items()
@@ -110,67 +118,127 @@ def newest_state(folder: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint as rank 0 sees it, so that all ranks load the same.  Every rank must call it."""
-    names = [path.name for path in checkpoint_folders(folder)]
-    newest = [names[-1] if names else ""]
-    dist.broadcast_object_list(newest, src=0)
-    return folder / newest[0] if newest[0] else None
+    """The newest whole checkpoint; damaged ones are set aside under another name, and said.  Collective.
+
+    Each rank reads its share of the files, and all of them must be as they were written.  UserError when there are
+    checkpoints and none is whole.
+    """
+    names = [[path.name for path in checkpoint_folders(folder)]]
+    dist.broadcast_object_list(names, src=0)  # as rank 0 sees them, so that all load the same
+    for name in reversed(names[0]):
+        found = damaged_files(folder / name, dist.get_rank(), dist.get_world_size())
+        everyone: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everyone, found)
+        wrong = [line for one in everyone for line in one]
+        if not wrong:
+            return folder / name
+        aside = folder / f"damaged_{name}"
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder / name, aside)
+            print(f"warning: {folder / name} is damaged ({wrong[0]}) and set aside as {aside.name}", flush=True)
+        dist.barrier()
+    if names[0]:
+        raise UserError(
+            f"{folder}: none of {', '.join(names[0])} is whole; restore one, or choose another name= or out="
+        )
+    return None
+
+
+def damaged_files(path: Path, rank: int, world: int) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files."""
+    saved = read_json(path / "state.json", "checkpoint")
+    files = sorted(saved.get("files", {}).items()) if isinstance(saved, dict) else []
+    if not files:
+        return ["state.json lists no files"]
+    wrong = []
+    for name, expected in files[rank::world]:
+        try:
+            with open(path / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    wrong.append(f"{name} is not what was written")
+        except OSError as error:
+            wrong.append(f"{name}: {error.strerror}")
+    return wrong
 
 
 def save_checkpoint(
     folder: Path, engine: Any, average: WeightAverage, state: TrainState, keep: int, run: dict[str, Any]
-) -> None:
-    """Every rank must call it; `run` is its `identity`.  UserError when it cannot be written."""
+) -> bool:
+    """Every rank must call it; `run` is its `identity`.
+
+    False when it could not be written, as on a full disk: that is said, nothing of it stays, and the former checkpoints
+    do.
+    """
     final = folder / f"step_{state.step:08d}"
     temporary = folder / f".step_{state.step:08d}.tmp"
-    remedy = "free disk space and start again: the run goes on from the checkpoint before it"
+    files = engine.checkpoint_engine
+    files.begin()
     # Frozen weights are not saved: they come from where the run started.  ZeRO-3 holds shards.
     trained = [p for p in engine.module.parameters() if p.requires_grad]
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
     frozen = len(trained) < len(list(engine.module.parameters()))
     megabytes = parameters * STATE_BYTES // 2**20
     free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free // 2**20
-    if not all_agree(free > megabytes, engine.device):  # while all ranks can still say so
-        raise UserError(f"checkpoint {final} needs about {megabytes} MiB and {free} MiB are free; {remedy}")
-    if engine.global_rank == 0:
+    if free <= megabytes:
+        files.errors.append(f"it needs about {megabytes} MiB and {free} MiB are free")
+    elif engine.global_rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    try:
-        engine.save_checkpoint(str(temporary), tag="engine", save_latest=False, exclude_frozen_parameters=frozen)
-        tensors = {f"{i:05d}": t for i, t in enumerate(average.average) if t is not None}
-        save_file(tensors, str(temporary / f"weight_average_rank{engine.global_rank}.safetensors"))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # The others wait inside DeepSpeed's save, where no vote reaches them: this rank ends, and the launcher them.
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"checkpoint {final} could not be written by rank {engine.global_rank} ({error}); {remedy}"
-        ) from None
-    dist.barrier()  # every rank's files are there, so that rank 0 can bring all of them to the disk
+        files.makedirs(str(temporary))
+    if not agreed(final, temporary, files.errors):
+        return False
+    engine.save_checkpoint(str(temporary), tag="engine", save_latest=False, exclude_frozen_parameters=frozen)
+    tensors = {f"{i:05d}": t for i, t in enumerate(average.average) if t is not None}
+    files.write(temporary / average_file(engine), lambda path: save_file(tensors, path))
+    written = {str(path.relative_to(temporary)): value for path, value in files.written.items()}
+    everyone: list[dict[str, str]] = [{}] * engine.world_size
+    dist.all_gather_object(everyone, written)
+    if not agreed(final, temporary, files.errors):
+        return False
     if engine.global_rank == 0:
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())
-        write_json(
-            temporary / "state.json",
-            {
-                "format": FORMAT,
-                "step": state.step,
-                "seconds": state.seconds,
-                "spans": as_json(state.spans),
-                "updates": average.updates,
-                "world_size": engine.world_size,
-                "zero_stage": engine.zero_optimization_stage(),
-                "identity": run,
-            },
+        content = {
+            "format": FORMAT,
+            "step": state.step,
+            "skipped": state.skipped,
+            "seconds": state.seconds,
+            "spans": as_json(state.spans),
+            "updates": average.updates,
+            "world_size": engine.world_size,
+            "zero_stage": engine.zero_optimization_stage(),
+            "identity": run,
+            "files": {name: value for one in everyone for name, value in one.items()},
+        }
+        try:
+            for inside in (temporary / "engine", temporary):
+                fsync_folder(inside)
+            write_json(temporary / "state.json", content)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            fsync_folder(folder)
+            for old in checkpoint_folders(folder)[:-keep]:
+                shutil.rmtree(old)
+        except (OSError, UserError) as error:
+            files.errors.append(str(error))
+    return agreed(final, temporary, files.errors)
+
+
+def agreed(final: Path, temporary: Path, errors: list[str]) -> bool:
+    """Whether no rank has an error; else rank 0 says the first one, and what was written is removed.  Collective."""
+    everyone: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, errors)
+    failed = [f"rank {rank}: {one[0]}" for rank, one in enumerate(everyone) if one]
+    if failed and dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        print(
+            f"warning: checkpoint {final} could not be written ({failed[0]}); training goes on, and the one before it "
+            "stays; free disk space before the next",
+            flush=True,
         )
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        fsync_folder(folder)
-        for old in checkpoint_folders(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    return not failed
+
+
+def average_file(engine: Any) -> str:
+    return f"weight_average_rank{engine.global_rank}.safetensors"
 
 
 def load_checkpoint(path: Path, engine: Any, average: WeightAverage, spans: list[SavedSpan]) -> TrainState:
@@ -184,7 +252,7 @@ def load_checkpoint(path: Path, engine: Any, average: WeightAverage, spans: list
             )
     whole = all(parameter.requires_grad for parameter in engine.module.parameters())
     loaded, _ = engine.load_checkpoint(str(path), tag="engine", load_module_strict=whole)
-    shard = path / f"weight_average_rank{engine.global_rank}.safetensors"
+    shard = path / average_file(engine)
     ok = loaded is not None and shard.is_file()
     try:
         saved_average = load_file(str(shard)) if ok else {}
@@ -201,4 +269,4 @@ def load_checkpoint(path: Path, engine: Any, average: WeightAverage, spans: list
         assert held is not None
         held.copy_(tensor)
     average.updates = saved["updates"]
-    return TrainState(spans, step=saved["step"], seconds=saved["seconds"])
+    return TrainState(spans, step=saved["step"], skipped=saved["skipped"], seconds=saved["seconds"])

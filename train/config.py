@@ -136,6 +136,7 @@ class TrainConfig:
     sample_guidance: float = 5.0
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    max_skipped: int = 10  # steps in a row that may be left out because a gradient was not finite; more stop the run
 
     dry_run: bool = False  # print size, FLOPs and memory without weights or data, then stop
     dry_run_processes: int = 0  # number of processes a dry run assumes; 0: as many as were launched
@@ -165,6 +166,7 @@ class TrainConfig:
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",
+            "max_skipped",
             "sample_objects",
             "sample_steps",
         ):

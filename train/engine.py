@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,8 @@ def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+    from train.checkpoint_files import CheckpointFiles  # imports DeepSpeed, which reads the environment
+
     ours = deepspeed_config(config, resolve_precision(config.precision))
     accelerator = Accelerator(
         mixed_precision="bf16" if ours["bf16"]["enabled"] else "no",
@@ -108,6 +112,8 @@ def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
         fused=not config.deepspeed.offload_optimizer,
     )
     engine, _ = accelerator.prepare(unet, optimizer)
+    engine.checkpoint_engine = CheckpointFiles()
+    engine._copy_recovery_script = lambda _: None  # a script beside the files, which could fail on one rank alone
     running = engine.zero_optimization_stage()
     if running != config.deepspeed.zero_stage:
         raise ConfigError(f"deepspeed.zero_stage={config.deepspeed.zero_stage}, but the engine runs stage {running}")
@@ -128,6 +134,49 @@ def all_agree(ok: bool, device: torch.device) -> bool:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(vote, op=dist.ReduceOp.MIN)
     return bool(vote.item())
+
+
+def any_rank(yes: bool, device: torch.device) -> bool:
+    """True if one rank says so.  Collective."""
+    return not all_agree(not yes, device)
+
+
+def take_step(engine: Any) -> bool:
+    """Counts a micro-batch; after the last one updates the weights.  False when the update was left out.
+
+    That is so on all ranks when a gradient of one is not finite, since gradients are summed over ranks first; weights
+    and optimizer state stay as they are.  DeepSpeed sees to it but for stage 0 in fp32.
+    """
+    last = engine.is_gradient_accumulation_boundary()
+    if last and not hasattr(engine.optimizer, "overflow"):
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        if not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+            engine.module.zero_grad(set_to_none=True)
+            engine.step()  # has nothing to do but to count
+            return False
+    engine.step()
+    return not last or engine.was_step_applied()
+
+
+@contextlib.contextmanager
+def memory_explained(config: TrainConfig) -> Iterator[None]:
+    """UserError that says what to change when memory runs out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        ways = [
+            f"micro_batch_size={config.micro_batch_size // 2}" if config.micro_batch_size > 1 else "",
+            "" if config.gradient_checkpointing else "gradient_checkpointing=true",
+            "deepspeed=zero3" if config.deepspeed.zero_stage < 3 else "",
+            "" if config.deepspeed.offload_optimizer else "deepspeed.offload_optimizer=true",
+            "trainable=lora" if config.trainable == "all" else "",
+        ]
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0][:300]}); try, in this order: "
+            f"{', '.join(filter(None, ways)) or 'a device with more'}; dry_run=true says what a run needs"
+        ) from None
 
 
 def local_masters(engine: Any) -> list[Tensor | None]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from data.files import UserError, atomic_file, require_writable
+from data.files import UserError, atomic_file, read_json, require_writable
 from data.processes import die_with_parent, locked
 from data.progress import Progress
 from data.shards import Cameras
@@ -36,12 +36,21 @@ from train.checkpoints import (
     save_checkpoint,
 )
 from train.config import OptimConfig, TrainConfig
-from train.engine import WeightAverage, build_engine, mean_over_ranks, prepare_environment
+from train.engine import (
+    WeightAverage,
+    build_engine,
+    mean_over_ranks,
+    memory_explained,
+    prepare_environment,
+    take_step,
+)
+from train.interruption import REQUEUE, Interruption
 from train.monitor import Monitor
 from train.networks import empty_unet, frozen_parts, initial_unet, scheduler_of
 from train.objective import Encoders, choose_branch, training_loss
 from train.samples import sample_grid
 from train.shard_history import Damage, open_dataset
+from train.skips import Skips
 from train.trainable import choose_trainable
 
 
@@ -61,10 +70,16 @@ def print_main(words: str) -> None:
 
 
 def run_to_the_end(config: TrainConfig) -> None:
-    run = set_up(config)
-    if run is None:
-        return
-    state, engine = run.state, run.engine
+    with memory_explained(config):
+        run = set_up(config)
+        if run is not None:
+            run_steps(run)
+
+
+def run_steps(run: Run) -> None:
+    config, state, engine = run.config, run.state, run.engine
+    interruption = Interruption()
+    saved = state.step
     logged = time.monotonic()
     losses: dict[str, list[torch.Tensor]] = {}
     waited = 0.0
@@ -73,12 +88,13 @@ def run_to_the_end(config: TrainConfig) -> None:
         while state.step < config.steps:
             began = time.monotonic()
 
-            # Learning rate and branch are functions of the step.
-            branch = choose_branch(config.objective, config.seed, state.step)
+            # Branch, data and noise are functions of the batch's number, the learning rate of the step's.
+            branch = choose_branch(config.objective, config.seed, state.batch)
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(config.optim, state.step, config.steps)
 
             # Accumulate gradients over the micro-batches; the engine reduces, clips and updates at the last.
+            of_objects: list[tuple[list[str], torch.Tensor]] = []
             for _ in range(config.accumulation):
                 asked = time.monotonic()
                 batch = next(run.batches)
@@ -87,29 +103,57 @@ def run_to_the_end(config: TrainConfig) -> None:
                 loss = training_loss(
                     engine, run.encoders, run.model.scheduler, batch, branch, config.objective, config.model, shape,
                     config.seed,
-                ).mean()  # fmt: skip
-                engine.backward(loss)
-                engine.step()
-                losses.setdefault(branch, []).append(loss.detach())
-            run.average.update()
-            state.step += 1
+                )  # fmt: skip
+                engine.backward(loss.mean())
+                updated = take_step(engine)
+                of_objects.append((batch.keys, loss.detach()))
             state.seconds += time.monotonic() - began
+            if not updated:
+                run.skips.note(state, of_objects)
+                continue
+            run.average.update()
+            run.skips.in_a_row = 0
+            state.step += 1
+            losses.setdefault(branch, []).extend(loss.mean() for _, loss in of_objects)
 
             # Report.
             if state.step % config.log_every == 0 or state.step == config.steps:
                 seconds = time.monotonic() - logged
-                values = report(run, losses, batch, seconds, waited)
+                values = report(run, losses, seconds, waited)
                 losses, waited, logged = {}, 0.0, time.monotonic()
                 progress.facts["loss"] = f"{values['loss']:.4f}"
             progress.update(1)
 
-            # Save; look at samples.
-            last = state.step == config.steps
-            if last or state.step % config.checkpoint_every == 0:
-                save_checkpoint(run.checkpoints, engine, run.average, state, config.keep_checkpoints, run.identity)
+            # Save; end where that was asked for; look at samples.
+            last, asked_to_end = state.step == config.steps, interruption.agreed(engine.device)
+            if last or asked_to_end or state.step % config.checkpoint_every == 0:
+                keep = config.keep_checkpoints
+                whole = save_checkpoint(run.checkpoints, engine, run.average, state, keep, run.identity)
+                saved = state.step if whole else saved
+            if asked_to_end and not last:
+                end_early(run, saved)
             if last or (config.sample_every and state.step % config.sample_every == 0):
                 sample(run)
     export(run)
+    close(run)
+    interruption.close()
+    if saved < config.steps:
+        raise UserError(
+            f"{run.folder}/export is whole, but the last checkpoint could not be written; free disk space and give "
+            "the same command again to write it"
+        )
+
+
+def end_early(run: Run, saved: int) -> None:
+    """Exits with REQUEUE.  Collective."""
+    close(run)
+    print_main(
+        f"stage {run.config.stage}: asked to end; saved at step {saved}, and the same command goes on from there"
+    )
+    raise SystemExit(REQUEUE)
+
+
+def close(run: Run) -> None:
     if run.monitor is not None:
         run.monitor.close()
     dist.destroy_process_group()
@@ -130,6 +174,7 @@ class Run:
     batches: Iterator[Batch]
     average: WeightAverage
     state: TrainState
+    skips: Skips
     monitor: Monitor | None  # rank 0
     gathered_step: int = -1  # step whose averaged weights `model.unet` holds
 
@@ -159,8 +204,9 @@ def set_up(config: TrainConfig) -> Run | None:
     die_with_parent()
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
-    dataset, spans = open_dataset(config, folder, newest_state(folder / "checkpoints"), write=is_main())
-    damage = Damage(folder / "damaged.jsonl", config.data, dataset.folder, dataset.manifest)
+    last_state = newest_state(folder / "checkpoints")
+    dataset, spans = open_dataset(config, folder, last_state, write=is_main())
+    damage = Damage(folder / "damaged.jsonl", config.data, dataset.folder, dataset.manifest, is_main())
     print_main(f"stage {config.stage}: {len(dataset)} objects; loading the networks")
     vae, image_encoder = frozen_parts(config)
     require_own_latents(dataset, vae, image_encoder)
@@ -181,6 +227,8 @@ def set_up(config: TrainConfig) -> Run | None:
     state = TrainState(spans)
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is not None:
+        if read_json(newest / "state.json", "checkpoint") != last_state:  # a damaged one was passed over
+            dataset, spans = open_dataset(config, folder, newest_state(folder / "checkpoints"), write=False)
         state = load_checkpoint(newest, engine, average, spans)
         print_main(f"stage {config.stage}: going on from {newest}")
     model = MultiViewModel(
@@ -200,9 +248,10 @@ def set_up(config: TrainConfig) -> Run | None:
         encoders=Encoders(model.vae, model.image_encoder),
         model=model,
         dataset=dataset,
-        batches=micro_batches(dataset, batch, micro, rank, world, state.step, config.data.workers),
+        batches=micro_batches(dataset, batch, micro, rank, world, state.batch, config.data.workers),
         average=average,
         state=state,
+        skips=Skips(config.max_skipped),
         monitor=Monitor(config, folder, state.step) if is_main() else None,
     )
 
@@ -257,20 +306,13 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return rate
 
 
-def report(
-    run: Run, losses: dict[str, list[torch.Tensor]], batch: Batch, seconds: float, waited: float
-) -> dict[str, float]:
-    """Means over ranks since the last report; stops every rank when the loss is not finite.  Collective."""
+def report(run: Run, losses: dict[str, list[torch.Tensor]], seconds: float, waited: float) -> dict[str, float]:
+    """Means over ranks since the last report.  Collective."""
     config = run.config
     means = torch.stack([torch.stack(values).mean() for _, values in sorted(losses.items())]).float()
     counts = torch.tensor([float(len(values)) for _, values in sorted(losses.items())], device=means.device)
     means = mean_over_ranks(means)
     loss = float((means * counts).sum() / counts.sum())
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} at step {run.state.step} (last objects on this rank: {', '.join(batch.keys)}); "
-            "lower optim.lr or lengthen optim.warmup_steps, and start again from the last checkpoint"
-        )
     done = counts.sum().item() / config.accumulation
     values = {
         "loss": loss,
@@ -280,6 +322,7 @@ def report(
         "steps_per_s": done / seconds,
         "images_per_s": done * config.batch_size * config.data.num_views / seconds,
         "data_wait_share": waited / seconds,
+        "skipped_steps": float(run.state.skipped),
         "damaged_objects": float(run.damage.gather(run.is_main)),
     }
     if run.monitor is not None:

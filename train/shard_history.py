@@ -74,7 +74,8 @@ def open_dataset(
     """The stream of a run that goes on after `last_state`, its checkpoint's state.json ({} for none)."""
     data = config.data
     folder = ShardFolder(data.shards, data.cache)
-    consumed = int(last_state.get("step", 0)) * config.batch_size
+    batches = int(last_state.get("step", 0)) + int(last_state.get("skipped", 0))
+    consumed = batches * config.batch_size
     spans = open_spans(run, folder, saved_spans(last_state.get("spans", []), run), consumed, write)
     references = config.model.ema.references if config.objective.reference_probability > 0 else 1
     dataset = ViewDataset(
@@ -92,15 +93,24 @@ def open_dataset(
 class Damage:
     """The objects found damaged, over all ranks and sessions; more than `data.max_damaged` of all stop the run."""
 
-    def __init__(self, path: Path, config: DataConfig, folder: ShardFolder, manifest: Manifest):
+    def __init__(self, path: Path, config: DataConfig, folder: ShardFolder, manifest: Manifest, is_main: bool):
         self.path, self.share, self.where, self.total = path, config.max_damaged, folder.describe(), manifest.count
         self.found: dict[str, str] = {}
         self.new: dict[str, str] = {}
-        broken = damaged_shards(folder, manifest)
+        broken = {name: f"{folder.describe(name)} {what}" for name, what in damaged_shards(folder, manifest).items()}
         for shard in manifest.shards:
             if shard.name in broken:
-                self.found |= {key: f"{folder.describe(shard.name)} {broken[shard.name]}" for key in shard.keys}
+                self.found |= dict.fromkeys(shard.keys, broken[shard.name])
+                if is_main:
+                    print(f"damaged: {broken[shard.name]}; others take the places of its {len(shard.keys)} objects")
+        if is_main:
+            self.write(self.found)
         self.stop_beyond_share()
+
+    def write(self, found: dict[str, str]) -> None:
+        if found:
+            with open(self.path, "a") as file:
+                file.writelines(json.dumps({"uid": uid, "reason": reason}) + "\n" for uid, reason in found.items())
 
     def note(self, damaged: dict[str, str]) -> None:
         """What this rank met."""
@@ -113,9 +123,8 @@ class Damage:
         fresh = {uid: reason for one in everyone for uid, reason in one.items() if uid not in self.found}
         self.new = {}
         self.found |= fresh
-        if fresh and is_main:
-            with open(self.path, "a") as file:
-                file.writelines(json.dumps({"uid": uid, "reason": reason}) + "\n" for uid, reason in fresh.items())
+        if is_main:
+            self.write(fresh)
             for uid, reason in list(fresh.items())[:SHOWN]:
                 print(f"damaged: {uid}: {reason}; another object took its place", flush=True)
         self.stop_beyond_share()
