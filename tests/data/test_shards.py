@@ -135,7 +135,7 @@ def test_a_killed_packer_goes_on_and_ends_as_if_undisturbed(tmp_path: Path) -> N
     pack(tmp_path / "views", tmp_path / "quiet", 0.05)
     command = [sys.executable, "data/pack.py", f"views={tmp_path}/views", f"out={tmp_path}/killed", "shard_mb=0.05"]
     rng = np.random.default_rng(1)
-    for _ in range(10):
+    for _ in range(5):
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
         time.sleep(float(rng.uniform(1, 6)))
         os.killpg(process.pid, signal.SIGKILL)

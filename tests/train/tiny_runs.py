@@ -1,0 +1,68 @@
+"""Training runs small enough for tests: the configuration, the commands, and what a run leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from train.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tiny_overrides(folder: Path) -> list[str]:
+    """The demo's configuration, smaller still."""
+    return [
+        "experiment=demo", f"data.shards={folder}/shards", "data.image_size=32",
+        f"model.autoencoder.weights={folder}/parts/vae", "model.autoencoder.latent_channels=8",
+        f"model.image_encoder.weights={folder}/parts/image_encoder", "model.unet.cross_attention_dim=8",
+        "model.unet.block_out_channels=[32,64]", "model.unet.heads=[1,2]",
+        "batch_size=4", "micro_batch_size=2", "log_every=1", "checkpoint_every=2", "sample_objects=1",
+        "sample_steps=2", "steps=6",
+    ]  # fmt: skip
+
+
+def launch(stage: int, processes: int) -> list[str]:
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1",
+        "--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no",
+        f"train/stage{stage}.py",
+    ]  # fmt: skip
+
+
+def train(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    launcher = launch(stage, processes) if processes > 1 else [sys.executable, f"train/stage{stage}.py"]
+    return subprocess.run(
+        [*launcher, *tiny_overrides(tiny), f"out={out}", *more],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+def composed(stage: int, tiny: Path, out: Path, *more: str) -> TrainConfig:
+    """The configuration that the command would run with."""
+    ConfigStore.instance().store(name=f"stage{stage}_schema", node=TrainConfig)
+    with initialize_config_dir(str(ROOT / "conf" / "train"), version_base="1.3"):
+        config = OmegaConf.to_object(compose(f"stage{stage}", [*tiny_overrides(tiny), f"out={out}", *more]))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["global_step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def weights_hash(out: Path) -> str:
+    tensors = load_file(out / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
