@@ -28,7 +28,11 @@ from demo.objects import fetch_objects
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = [sys.executable]
 LIBRARY_OBJECT = "teddyBear"
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1"]
+# Port 0: one that is free, so that two demos do not meet.
+ACCELERATE = [
+    sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1",
+    "--main_process_port", "0",
+]  # fmt: skip
 
 
 @dataclass

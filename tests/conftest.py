@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,10 @@ from PIL import Image
 from data.cameras import framing_distance, orbit_camera
 from data.packing import pack
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+
+from warm import Run
+
 OBJECTS, SIZE = 4, 32
 
 
@@ -62,9 +64,8 @@ def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     draw_views(folder / "views")
     pack(folder / "views", folder / "shards", shard_mb=0.03)
-    subprocess.run(
-        [sys.executable, "models/small.py", f"shards={folder}/shards", f"out={folder}/parts", "image_size=32",
-         "latent_channels=8", "embed_dim=8"],
-        cwd=ROOT, check=True, timeout=300,
-    )  # fmt: skip
+    words = ["models/small.py", f"shards={folder}/shards", f"out={folder}/parts", "image_size=32",
+             "latent_channels=8", "embed_dim=8"]  # fmt: skip
+    made = Run(words, 1, folder / "log").wait()
+    assert made.returncode == 0, made.stderr
     return folder

@@ -69,7 +69,9 @@ def test_zero_shards_what_it_says() -> None:
     assert sum(state_bytes(10**9, 10**9, 2, 8, True).values()) == 2e9 + 2e9 / 8 + 4e9 / 8
 
 
-@pytest.mark.parametrize("launcher", [[sys.executable], [sys.executable, "-m", "accelerate.commands.launch"]])
+@pytest.mark.parametrize(
+    "launcher", [[sys.executable], [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]]
+)
 def test_the_command(launcher) -> None:
     done = subprocess.run(
         [*launcher, "train/stage2.py", "experiment=paper", "dry_run=true", "dry_run_processes=8", "init_from=nowhere"],

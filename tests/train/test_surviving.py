@@ -9,8 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load
-from tiny_runs import ROOT, composed, launch, losses, tiny_overrides, train, weights_hash
+from tiny_runs import begin, composed, losses, train, weights_hash
+from warm import Run
 
 from data.files import UserError
 from data.packing import write_manifest, write_tar
@@ -29,31 +28,22 @@ from models.latents import MEMBER, pack_latents
 from train.loop import set_up
 
 
-def start(tiny: Path, out: Path, log: Path) -> tuple[subprocess.Popen[str], list[int]]:
-    """The launcher and its two ranks, as soon as the first checkpoint is there."""
-    process = subprocess.Popen(
-        [*launch(1, 2), *tiny_overrides(tiny), f"out={out}"],
-        cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 400
+def begun(tiny: Path, out: Path) -> Run:
+    """Two ranks, as soon as the first checkpoint is there."""
+    run = begin(tiny, out)
+    deadline = time.monotonic() + 200
     while not (out / "checkpoints" / "step_00000002").is_dir():
-        assert time.monotonic() < deadline and process.poll() is None, f"no checkpoint appeared\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"no checkpoint appeared\n{run.stdout}{run.stderr}"
         time.sleep(0.05)
-    found = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", "train/stage1.py"], capture_output=True, text=True, check=True
-    )
-    ranks = [int(pid) for pid in found.stdout.split()]
-    assert len(ranks) == 2
-    return process, ranks
+    return run
 
 
 def test_killed_and_resumed_equals_undisturbed(quiet, tiny, tmp_path) -> None:
     """SIGKILL of a random rank after the first checkpoint; the same command goes on to the very same weights."""
     out = tmp_path / "stage1"
-    process, ranks = start(tiny, out, tmp_path / "log")
-    os.kill(random.choice(ranks), signal.SIGKILL)
-    process.wait(timeout=120)
-    assert process.returncode != 0
+    run = begun(tiny, out)
+    os.kill(random.choice(run.ranks), signal.SIGKILL)
+    assert run.wait().returncode != 0
     again = train(tiny, out)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "going on from" in again.stdout
@@ -71,21 +61,15 @@ def test_killed_and_resumed_equals_undisturbed(quiet, tiny, tmp_path) -> None:
     assert alone.returncode == 2 and "saved with world_size=2 and this run has 1" in alone.stderr
 
 
-def rank_of(pid: int) -> int:
-    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next(int(entry[5:]) for entry in environment if entry.startswith(b"RANK="))
-
-
 def test_a_rank_that_cannot_write_ends_the_save_and_not_the_run(quiet, tiny, tmp_path) -> None:
     """As on a full disk that only one rank meets, in the middle of DeepSpeed's own save."""
     out = tmp_path / "stage1"
-    process, ranks = start(tiny, out, tmp_path / "log")
-    (other,) = (pid for pid in ranks if rank_of(pid) == 1)
-    resource.prlimit(other, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    process.wait(timeout=120)
-    words = (tmp_path / "log").read_text()
+    run = begun(tiny, out)
+    resource.prlimit(run.ranks[1], resource.RLIMIT_FSIZE, (100_000, 100_000))
+    run.wait()
+    words = run.stdout + run.stderr
     assert re.search(r"warning: checkpoint .*step_0000000[46] could not be written \(rank 1: .*training goes on", words)
-    assert process.returncode != 0 and "but the last checkpoint could not be written" in words
+    assert run.returncode == 2 and "but the last checkpoint could not be written" in words
     names = {p.name for p in (out / "checkpoints").iterdir()}
     assert names <= {"step_00000002", "step_00000004"} and names, "nothing half-written stays"
     assert losses(out) == losses(quiet) and weights_hash(out) == weights_hash(quiet)
@@ -94,12 +78,11 @@ def test_a_rank_that_cannot_write_ends_the_save_and_not_the_run(quiet, tiny, tmp
 def test_asked_to_end_saves_and_goes_on(quiet, tiny, tmp_path) -> None:
     """SIGUSR1 to one rank, as a scheduler sends it; then a damaged checkpoint is passed over."""
     out = tmp_path / "stage1"
-    process, ranks = start(tiny, out, tmp_path / "log")
-    os.kill(random.choice(ranks), random.choice([signal.SIGUSR1, signal.SIGTERM]))
-    process.wait(timeout=120)
-    words = (tmp_path / "log").read_text()
-    found = re.search(r"asked to end; saved at step (\d)", words)
-    assert found and words.count("exitcode  : 75") + words.count("exitcode: 75") >= 1, words[-3000:]
+    run = begun(tiny, out)
+    os.kill(random.choice(run.ranks), random.choice([signal.SIGUSR1, signal.SIGTERM]))
+    assert run.wait().returncode == 75, run.stderr[-3000:]
+    found = re.search(r"asked to end; saved at step (\d)", run.stdout + run.stderr)
+    assert found
     step = int(found[1])
     newest = out / "checkpoints" / f"step_{step:08d}"
     assert newest.is_dir() and not (out / "export").exists()
@@ -119,8 +102,9 @@ def test_steps_that_are_not_finite_are_left_out(tiny, tmp_path) -> None:
     """An object whose latents hold NaN reaches one rank; then nothing but such objects."""
     latents, parts = tmp_path / "latents", {"autoencoder": "vae", "image_encoder": "image_encoder"}
     given = [f"{key}.weights={tiny}/parts/{name}" for key, name in parts.items()]
-    command = [sys.executable, "data/precompute.py", *given, f"shards={tiny}/shards", f"out={latents}", "image_size=32"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    words = ["data/precompute.py", *given, f"shards={tiny}/shards", f"out={latents}", "image_size=32"]
+    made = Run(words, 1, tmp_path / "log-latents").wait()
+    assert made.returncode == 0, made.stderr
     manifest = read_manifest(latents)
     spoil_latents(latents, manifest, ["object1"])
     out = tmp_path / "run"

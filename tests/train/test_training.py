@@ -200,6 +200,7 @@ def test_changed_shards_are_refused_or_adopted_at_the_next_epoch(tiny, tmp_path)
 def test_latents_computed_ahead_train_as_pictures_do(tiny, quiet, tmp_path) -> None:
     parts = [f"autoencoder.weights={tiny}/parts/vae", f"image_encoder.weights={tiny}/parts/image_encoder"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
+               "--main_process_port", "0",
                "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", "data/precompute.py", *parts,
                f"shards={tiny}/shards", f"out={tmp_path}/latents", "image_size=32", "dtype=float32"]  # fmt: skip
     for _ in range(2):  # the second time there is nothing left to do

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from warm import ROOT, Run
 
 from train.config import TrainConfig
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def tiny_overrides(folder: Path) -> list[str]:
@@ -33,17 +32,18 @@ def tiny_overrides(folder: Path) -> list[str]:
 def launch(stage: int, processes: int) -> list[str]:
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1",
-        "--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no",
-        f"train/stage{stage}.py",
+        "--main_process_port", "0", "--num_processes", str(processes), "--mixed_precision", "no",
+        "--dynamo_backend", "no", f"train/stage{stage}.py",
     ]  # fmt: skip
 
 
-def train(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    launcher = launch(stage, processes) if processes > 1 else [sys.executable, f"train/stage{stage}.py"]
-    return subprocess.run(
-        [*launcher, *tiny_overrides(tiny), f"out={out}", *more],
-        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+def begin(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2) -> Run:
+    words = [f"train/stage{stage}.py", *tiny_overrides(tiny), f"out={out}", *more]
+    return Run(words, processes, next(f for n in count() if not (f := out.parent / f"log-{out.name}-{n}").exists()))
+
+
+def train(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2) -> Run:
+    return begin(tiny, out, *more, stage=stage, processes=processes).wait()
 
 
 def composed(stage: int, tiny: Path, out: Path, *more: str) -> TrainConfig:
