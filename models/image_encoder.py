@@ -145,6 +145,11 @@ def embed_image(encoder: ClipImageEncoder, images: Tensor) -> Tensor:
     return encoder(pixels.to(weight.dtype)).float()
 
 
+def count_tokens(encoder: ClipImageEncoder) -> int:
+    """T of an encoder that has weights."""
+    return embed_image(encoder, torch.zeros(1, 3, encoder.image_size, encoder.image_size)).shape[1]
+
+
 @torch.no_grad()
 def fit_random_tower(
     images: Tensor, objects: Tensor, size: int = 64, width: int = 192, layers: int = 2, embed_dim: int = 64

@@ -59,9 +59,13 @@ def become(request: dict[str, Any], rank: int, port: int) -> None:
 
 
 def serve() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     import wandb  # noqa: F401
 
     import distill.sds  # noqa: F401
+    import train.checkpoint_files  # DeepSpeed with it
     import train.loop  # noqa: F401
 
     os.chdir(ROOT)
@@ -77,7 +81,7 @@ def serve() -> None:
                 os.setpgid(0, 0)
                 become(request, rank, port)
             ranks.append(pid)
-        print(json.dumps(ranks), flush=True)
+        print(json.dumps(ranks), file=answers)
         left, status, failed_at = set(ranks), 0, None
         while left:
             pid, code = os.waitpid(-1, os.WNOHANG)
@@ -88,12 +92,12 @@ def serve() -> None:
                     status, failed_at = code, time.monotonic()
                     for other in left:  # as the launcher ends the ranks of one that failed
                         os.kill(other, signal.SIGTERM)
-            elif failed_at is not None and time.monotonic() > failed_at + 30:
+            elif failed_at is not None and time.monotonic() > failed_at + 8:
                 for other in left:
                     os.kill(other, signal.SIGKILL)
             else:
                 time.sleep(0.02)
-        print(status, flush=True)
+        print(status, file=answers)
 
 
 @cache

@@ -8,6 +8,7 @@ all the state there is beside the engine's and the average's.  state.json has th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -18,13 +19,14 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from data.files import UserError, content_mark, fsync_folder, read_json, write_json
 from data.shards import manifest_bytes, mark
 from data.sources import ShardFolder
 from train.config import TrainConfig
 from train.engine import WeightAverage, all_agree
+from train.resharding import local_slices, read_slices, resharded
 from train.shard_history import SavedSpan, as_json
 
 FORMAT = "isotropic3d-checkpoint/3"
@@ -50,7 +52,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     Dotted keys, so that the first difference can be named.
     """
     free = {"name", "out", "resume", "wandb", "cpu", "dry_run", "dry_run_processes", "steps", "keep_checkpoints",
-            "max_skipped"}  # fmt: skip
+            "max_skipped", "limits", "milestone_every", "micro_batch_size"}  # fmt: skip
     settings = {
         k: v
         for k, v in asdict(config).items()
@@ -102,6 +104,10 @@ def require_same_run(path: Path, config: TrainConfig, current: dict[str, Any]) -
             )
     if saved["step"] > config.steps:
         raise UserError(f"{path} is beyond steps={config.steps}; choose another name= or out=, or more steps")
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -163,9 +169,15 @@ def damaged_files(path: Path, rank: int, world: int) -> list[str]:
 
 
 def save_checkpoint(
-    folder: Path, engine: Any, average: WeightAverage, state: TrainState, keep: int, run: dict[str, Any]
+    folder: Path,
+    engine: Any,
+    average: WeightAverage,
+    state: TrainState,
+    keep: int,
+    run: dict[str, Any],
+    milestone_every: int = 0,
 ) -> bool:
-    """Every rank must call it; `run` is its `identity`.
+    """Every rank must call it; `run` is its `identity`.  The newest `keep` stay, and multiples of `milestone_every`.
 
     False when it could not be written, as on a full disk: that is said, nothing of it stays, and the former checkpoints
     do.
@@ -189,7 +201,8 @@ def save_checkpoint(
         return False
     engine.save_checkpoint(str(temporary), tag="engine", save_latest=False, exclude_frozen_parameters=frozen)
     tensors = {f"{i:05d}": t for i, t in enumerate(average.average) if t is not None}
-    files.write(temporary / average_file(engine), lambda path: save_file(tensors, path))
+    starts = {f"{i:05d}": str(place[0]) for i, place in enumerate(local_slices(engine)) if place is not None}
+    files.write(temporary / average_file(engine.global_rank), lambda path: save_file(tensors, path, starts))
     written = {str(path.relative_to(temporary)): value for path, value in files.written.items()}
     everyone: list[dict[str, str]] = [{}] * engine.world_size
     dist.all_gather_object(everyone, written)
@@ -216,7 +229,8 @@ def save_checkpoint(
             os.replace(temporary, final)
             fsync_folder(folder)
             for old in checkpoint_folders(folder)[:-keep]:
-                shutil.rmtree(old)
+                if milestone_every == 0 or step_of(old) % milestone_every > 0:
+                    shutil.rmtree(old)
         except (OSError, UserError) as error:
             files.errors.append(str(error))
     return agreed(final, temporary, files.errors)
@@ -237,36 +251,31 @@ def agreed(final: Path, temporary: Path, errors: list[str]) -> bool:
     return not failed
 
 
-def average_file(engine: Any) -> str:
-    return f"weight_average_rank{engine.global_rank}.safetensors"
+def average_file(rank: int) -> str:
+    return f"weight_average_rank{rank}.safetensors"
 
 
 def load_checkpoint(path: Path, engine: Any, average: WeightAverage, spans: list[SavedSpan]) -> TrainState:
     """Puts engine and average into the state saved at `path`; `spans` hold from there on.  Every rank must call it."""
     saved = read_json(path / "state.json", "checkpoint")
-    for key, current in (("world_size", engine.world_size), ("zero_stage", engine.zero_optimization_stage())):
-        if saved[key] != current:
-            raise UserError(
-                f"checkpoint {path} was saved with {key}={saved[key]} and this run has {current}; "
-                f"resume with {saved[key]}, or start from its weights with init_from=<export folder>"
-            )
     whole = all(parameter.requires_grad for parameter in engine.module.parameters())
-    loaded, _ = engine.load_checkpoint(str(path), tag="engine", load_module_strict=whole)
-    shard = path / average_file(engine)
-    ok = loaded is not None and shard.is_file()
+    same_world = saved["world_size"] == engine.world_size
+    with contextlib.nullcontext(path) if same_world else resharded(path, engine) as folder:
+        loaded, _ = engine.load_checkpoint(str(folder), tag="engine", load_module_strict=whole)
+    places = {f"{i:05d}": place for i, place in enumerate(local_slices(engine)) if place is not None}
+    ranks = [engine.global_rank] if same_world else range(saved["world_size"])
     try:
-        saved_average = load_file(str(shard)) if ok else {}
-    except (SafetensorError, OSError):
-        ok, saved_average = False, {}
-    wanted = {f"{i:05d}": t.shape for i, t in enumerate(average.average) if t is not None}
-    ok = ok and {name: tensor.shape for name, tensor in saved_average.items()} == wanted
-    if not all_agree(ok, engine.device):
+        pieces = read_slices([path / average_file(rank) for rank in ranks], places)
+    except (SafetensorError, OSError, KeyError, ValueError):
+        pieces = None
+    if not all_agree(loaded is not None and pieces is not None, engine.device):
         raise UserError(
             f"checkpoint {path}: a rank's part is missing or damaged; delete it to go on from the one before"
         )
-    for index, tensor in saved_average.items():
+    assert pieces is not None
+    for index, piece in pieces.items():
         held = average.average[int(index)]
         assert held is not None
-        held.copy_(tensor)
+        held.copy_(piece.view_as(held))
     average.updates = saved["updates"]
     return TrainState(spans, step=saved["step"], skipped=saved["skipped"], seconds=saved["seconds"])

@@ -39,12 +39,14 @@ class ObjectiveConfig:
     single_view_probability: float = 0.3  # share of steps on branch a: views apart, camera vector zero (MVDream: 0.3)
     reference_probability: float = 0.0  # share of multi-view steps with the clean reference in attention; stage 2 only
     condition_dropout: float = 0.1  # share of objects whose embedding becomes zeros (ImageDream)
+    offset_noise: float = 0.0  # size of noise that is the same for all pixels of a view and channel; often 0.05 to 0.1
     min_snr_gamma: float | None = None  # loss weight min(SNR, gamma) / SNR (arXiv 2303.09556); null weighs all alike
 
     def __post_init__(self) -> None:
         for name in ("single_view_probability", "reference_probability", "condition_dropout"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"objective.{name}={value} must lie between 0 and 1")
+        check(self.offset_noise >= 0, f"objective.offset_noise={self.offset_noise} must not be negative")
         gamma = self.min_snr_gamma
         check(gamma is None or gamma > 0, f"objective.min_snr_gamma={gamma} must be positive, or null")
 
@@ -79,6 +81,7 @@ class OptimConfig:
 class DeepSpeedConfig:
     zero_stage: int = 2  # 0 replicates all, 1 shards optimizer state, 2 gradients too, 3 weights too
     offload_optimizer: bool = False  # keep optimizer state in CPU memory (compiles an op on first use)
+    offload_parameters: bool = False  # and the weights too, but for those of the layer at work; with zero_stage=3
 
     def __post_init__(self) -> None:
         check(self.zero_stage in (0, 1, 2, 3), f"deepspeed.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
@@ -86,6 +89,23 @@ class DeepSpeedConfig:
             not self.offload_optimizer or self.zero_stage >= 1,
             "deepspeed.offload_optimizer=true needs deepspeed.zero_stage of at least 1",
         )
+        check(
+            not self.offload_parameters or self.zero_stage == 3,
+            "deepspeed.offload_parameters=true needs deepspeed.zero_stage=3",
+        )
+
+
+@dataclass
+class LimitsConfig:
+    """Seconds that a phase may last on any rank before it is named and the job ends; 0: for ever."""
+
+    set_up_s: float = 3600
+    step_s: float = 900  # the first one may compile
+    checkpoint_s: float = 3600  # also pictures of samples, and the export
+
+    def __post_init__(self) -> None:
+        for name in ("set_up_s", "step_s", "checkpoint_s"):
+            check(getattr(self, name) >= 0, f"limits.{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass
@@ -120,12 +140,13 @@ class TrainConfig:
     trainable: str = "all"  # weights of the UNet: all; attention or cross_attention, those layers'; lora, an adapter
     lora: LoraConfig = field(default_factory=LoraConfig)  # read with trainable=lora
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     steps: int = 60000  # optimizer steps
     batch_size: int = 64  # objects a step over all processes; 64 objects x 4 views = 256 pictures
     micro_batch_size: int = 8  # objects a forward pass on one process; the rest is accumulated
-    precision: str = "auto"  # bf16, fp32, or auto: bf16 where the hardware multiplies in it
+    precision: str = "auto"  # bf16, fp16, fp32, or auto: bf16 where the hardware multiplies in it
     gradient_checkpointing: bool = False
     cpu: bool = False  # train on the CPU although there is a GPU
 
@@ -135,7 +156,8 @@ class TrainConfig:
     sample_steps: int = 50  # DDIM steps
     sample_guidance: float = 5.0
     checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # newest ones
+    milestone_every: int = 0  # steps; checkpoints at its multiples are kept for ever; 0: none
     max_skipped: int = 10  # steps in a row that may be left out because a gradient was not finite; more stop the run
 
     dry_run: bool = False  # print size, FLOPs and memory without weights or data, then stop
@@ -158,7 +180,10 @@ class TrainConfig:
             "model.unet.weights or init_from",
         )
         check(self.resume in ("auto", "never"), f"resume={self.resume} must be auto or never")
-        check(self.precision in ("auto", "bf16", "fp32"), f"precision={self.precision} must be auto, bf16 or fp32")
+        check(
+            self.precision in ("auto", "bf16", "fp16", "fp32"),
+            f"precision={self.precision} must be auto, bf16, fp16 or fp32",
+        )
         for name in (
             "steps",
             "batch_size",

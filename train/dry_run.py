@@ -18,10 +18,10 @@ from data.sources import ShardFolder
 from models.autoencoder import SD_VAE, autoencoder_kind
 from models.folders import empty_network
 from models.image_encoder import ClipImageEncoder, build_image_encoder, in_cache, require_image_encoder, with_choices
-from models.multiview import CAMERA_FLOATS, build_unet, predict_noise_output
 from train.config import TrainConfig
+from train.flops import forward_on_meta, meta_unet
 from train.networks import differences_of_training, require_fitting_parts
-from train.trainable import choose_trainable
+from train.objective import MULTI, REFERENCE
 
 GIB = 2**30
 
@@ -40,10 +40,7 @@ def count(module: nn.Module) -> int:
 
 
 def build(config: TrainConfig) -> Networks:
-    size = config.data.image_size // config.model.autoencoder.downscale
-    with torch.device("meta"):
-        unet = build_unet(config.model.unet, config.model.autoencoder.latent_channels, size).to(torch.bfloat16)
-        choose_trainable(unet, config)
+    unet = meta_unet(config)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     weights = config.model.autoencoder.weights
@@ -60,7 +57,7 @@ def build(config: TrainConfig) -> Networks:
     else:
         with torch.device("meta"):
             image_encoder = build_image_encoder(config.model.image_encoder)
-    return Networks(unet.train(), vae.requires_grad_(False), image_encoder.requires_grad_(False))
+    return Networks(unet, vae.requires_grad_(False), image_encoder.requires_grad_(False))
 
 
 def training_cost(config: TrainConfig, networks: Networks) -> tuple[float, float, float, float]:
@@ -69,10 +66,8 @@ def training_cost(config: TrainConfig, networks: Networks) -> tuple[float, float
     Returns FLOPs of the UNet's forward, of its forward and backward, of the frozen encoders' forward, and the bytes
     kept for the backward pass.
     """
-    auto = config.model.autoencoder
-    views = config.data.num_views + (config.model.ema.references if config.objective.reference_probability > 0 else 0)
-    size = config.data.image_size // auto.downscale
-    meta: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
+    with_references = config.objective.reference_probability > 0
+    views = config.data.num_views + (config.model.ema.references if with_references else 0)
     kept: dict[int, Any] = {}
     parameters = {p.untyped_storage()._cdata for p in networks.unet.parameters()}
 
@@ -87,15 +82,9 @@ def training_cost(config: TrainConfig, networks: Networks) -> tuple[float, float
         networks.vae.encode(torch.empty(views, 3, pixels, pixels, device="meta"))
         side = networks.image_encoder.image_size
         tokens = networks.image_encoder(torch.empty(1, 3, side, side, device="meta")).shape[1]
-    width = config.model.unet.embedding_dim or config.model.unet.cross_attention_dim
+    branch = REFERENCE if with_references else MULTI
     with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        output = predict_noise_output(
-            networks.unet,
-            torch.empty(1, views, auto.latent_channels, size, size, **meta, requires_grad=True),
-            torch.zeros(1, dtype=torch.long, device="meta"),
-            torch.empty(1, tokens, width, **meta),
-            torch.empty(1, views, CAMERA_FLOATS, **meta),
-        )
+        output = forward_on_meta(config, networks.unet, branch, tokens)
     with FlopCounterMode(display=False) as backward:
         output.sum().backward()
     ahead = forward.get_total_flops()

@@ -74,12 +74,15 @@ def deepspeed_config(config: TrainConfig, precision: str) -> dict[str, Any]:
         zero["contiguous_gradients"] = True
     if config.deepspeed.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.deepspeed.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optim.clip_norm,
         "zero_optimization": zero,
         "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},  # the loss's scale is found as it goes
         "steps_per_print": 10**9,  # our own log says it
         "zero_allow_untested_optimizer": True,
     }
@@ -92,9 +95,10 @@ def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
 
     from train.checkpoint_files import CheckpointFiles  # imports DeepSpeed, which reads the environment
 
-    ours = deepspeed_config(config, resolve_precision(config.precision))
+    precision = resolve_precision(config.precision)
+    ours = deepspeed_config(config, precision)
     accelerator = Accelerator(
-        mixed_precision="bf16" if ours["bf16"]["enabled"] else "no",
+        mixed_precision="no" if precision == "fp32" else precision,
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ours),
         kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")],
     )
@@ -118,14 +122,6 @@ def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
     if running != config.deepspeed.zero_stage:
         raise ConfigError(f"deepspeed.zero_stage={config.deepspeed.zero_stage}, but the engine runs stage {running}")
     return accelerator, engine
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """(K,) float -> its mean over all ranks."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-        values = values / dist.get_world_size()
-    return values
 
 
 def all_agree(ok: bool, device: torch.device) -> bool:

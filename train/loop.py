@@ -22,7 +22,7 @@ from data.progress import Progress
 from data.shards import Cameras
 from data.stream import Batch, ViewDataset, micro_batches
 from models.checkpoint import ExportInfo, MultiViewModel, read_info, save_export
-from models.image_encoder import ClipImageEncoder
+from models.image_encoder import ClipImageEncoder, count_tokens
 from models.latents import encoders_mark
 from train.checkpoints import (
     STATE_BYTES,
@@ -39,12 +39,14 @@ from train.config import OptimConfig, TrainConfig
 from train.engine import (
     WeightAverage,
     build_engine,
-    mean_over_ranks,
     memory_explained,
     prepare_environment,
+    resolve_precision,
     take_step,
 )
+from train.flops import flops_of_branches, peak_flops
 from train.interruption import REQUEUE, Interruption
+from train.meter import Meter
 from train.monitor import Monitor
 from train.networks import empty_unet, frozen_parts, initial_unet, scheduler_of
 from train.objective import Encoders, choose_branch, training_loss
@@ -52,6 +54,7 @@ from train.samples import sample_grid
 from train.shard_history import Damage, open_dataset
 from train.skips import Skips
 from train.trainable import choose_trainable
+from train.watchdog import Watchdog
 
 
 def train(config: TrainConfig) -> None:
@@ -70,66 +73,33 @@ def print_main(words: str) -> None:
 
 
 def run_to_the_end(config: TrainConfig) -> None:
-    with memory_explained(config):
-        run = set_up(config)
+    with memory_explained(config), watched(config) as watchdog:
+        run = set_up(config, watchdog)
         if run is not None:
             run_steps(run)
 
 
 def run_steps(run: Run) -> None:
-    config, state, engine = run.config, run.state, run.engine
+    config, state = run.config, run.state
     interruption = Interruption()
     saved = state.step
-    logged = time.monotonic()
-    losses: dict[str, list[torch.Tensor]] = {}
-    waited = 0.0
-    shape = run.model.latent_shape
+    run.meter.reset()
     with Progress(f"stage {config.stage}", config.steps, "step", state.step, show=run.is_main) as progress:
         while state.step < config.steps:
             began = time.monotonic()
-
-            # Branch, data and noise are functions of the batch's number, the learning rate of the step's.
-            branch = choose_branch(config.objective, config.seed, state.batch)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = learning_rate(config.optim, state.step, config.steps)
-
-            # Accumulate gradients over the micro-batches; the engine reduces, clips and updates at the last.
-            of_objects: list[tuple[list[str], torch.Tensor]] = []
-            for _ in range(config.accumulation):
-                asked = time.monotonic()
-                batch = next(run.batches)
-                waited += time.monotonic() - asked
-                run.damage.note(batch.damaged)
-                loss = training_loss(
-                    engine, run.encoders, run.model.scheduler, batch, branch, config.objective, config.model, shape,
-                    config.seed,
-                )  # fmt: skip
-                engine.backward(loss.mean())
-                updated = take_step(engine)
-                of_objects.append((batch.keys, loss.detach()))
+            updated = optimize(run)
             state.seconds += time.monotonic() - began
             if not updated:
-                run.skips.note(state, of_objects)
                 continue
-            run.average.update()
-            run.skips.in_a_row = 0
-            state.step += 1
-            losses.setdefault(branch, []).extend(loss.mean() for _, loss in of_objects)
 
-            # Report.
             if state.step % config.log_every == 0 or state.step == config.steps:
-                seconds = time.monotonic() - logged
-                values = report(run, losses, seconds, waited)
-                losses, waited, logged = {}, 0.0, time.monotonic()
-                progress.facts["loss"] = f"{values['loss']:.4f}"
+                progress.facts["loss"] = f"{report(run)['loss']:.4f}"
             progress.update(1)
 
             # Save; end where that was asked for; look at samples.
-            last, asked_to_end = state.step == config.steps, interruption.agreed(engine.device)
+            last, asked_to_end = state.step == config.steps, interruption.agreed(run.engine.device)
             if last or asked_to_end or state.step % config.checkpoint_every == 0:
-                keep = config.keep_checkpoints
-                whole = save_checkpoint(run.checkpoints, engine, run.average, state, keep, run.identity)
-                saved = state.step if whole else saved
+                saved = state.step if save(run) else saved
             if asked_to_end and not last:
                 end_early(run, saved)
             if last or (config.sample_every and state.step % config.sample_every == 0):
@@ -142,6 +112,50 @@ def run_steps(run: Run) -> None:
             f"{run.folder}/export is whole, but the last checkpoint could not be written; free disk space and give "
             "the same command again to write it"
         )
+
+
+def optimize(run: Run) -> bool:
+    """One step of the optimizer, on all ranks.  False when it was left out, since a gradient was not finite."""
+    config, state, engine = run.config, run.state, run.engine
+
+    # Branch, data and noise are functions of the batch's number, the learning rate of the step's.
+    branch = choose_branch(config.objective, config.seed, state.batch)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate(config.optim, state.step, config.steps)
+
+    # Accumulate gradients over the micro-batches; the engine reduces, clips and updates at the last.
+    of_objects: list[tuple[list[str], torch.Tensor, torch.Tensor]] = []
+    for _ in range(config.accumulation):
+        run.watchdog.enter("step", f"the data of step {state.step + 1}")
+        with run.meter.waiting():
+            batch = next(run.batches)
+        run.damage.note(batch.damaged)
+        run.watchdog.enter("step", f"step {state.step + 1}")
+        loss, timesteps = training_loss(
+            engine, run.encoders, run.model.scheduler, batch, branch, config.objective, config.model,
+            run.model.latent_shape, config.seed,
+        )  # fmt: skip
+        engine.backward(loss.mean())
+        updated = take_step(engine)
+        of_objects.append((batch.keys, loss.detach(), timesteps))
+    if not updated:
+        run.skips.note(state, [(keys, loss) for keys, loss, _ in of_objects])
+        return False
+    for _, losses, timesteps in of_objects:
+        run.meter.add(branch, losses, timesteps)
+    run.meter.steps += 1
+    run.average.update()
+    run.skips.in_a_row = 0
+    state.step += 1
+    return True
+
+
+def save(run: Run) -> bool:
+    """A checkpoint; False when it could not be written.  Collective."""
+    config, state = run.config, run.state
+    run.watchdog.enter("checkpoint", f"the checkpoint of step {state.step}")
+    keep, milestone = config.keep_checkpoints, config.milestone_every
+    return save_checkpoint(run.checkpoints, run.engine, run.average, state, keep, run.identity, milestone)
 
 
 def end_early(run: Run, saved: int) -> None:
@@ -167,6 +181,7 @@ class Run:
     folder: Path
     identity: dict[str, Any]  # what a checkpoint must share to be resumed
     damage: Damage
+    watchdog: Watchdog
     engine: Any  # DeepSpeedEngine around the UNet
     encoders: Encoders
     model: MultiViewModel  # frozen parts, schedule, and on rank 0 a UNet for the averaged weights
@@ -175,6 +190,7 @@ class Run:
     average: WeightAverage
     state: TrainState
     skips: Skips
+    meter: Meter
     monitor: Monitor | None  # rank 0
     gathered_step: int = -1  # step whose averaged weights `model.unet` holds
 
@@ -187,7 +203,17 @@ class Run:
         return self.folder / "checkpoints"
 
 
-def set_up(config: TrainConfig) -> Run | None:
+@contextlib.contextmanager
+def watched(config: TrainConfig) -> Iterator[Watchdog]:
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    watchdog = Watchdog(Path(config.out), config.limits, rank, world)
+    try:
+        yield watchdog
+    finally:
+        watchdog.close()
+
+
+def set_up(config: TrainConfig, watchdog: Watchdog) -> Run | None:
     """Everything before the first step, cheapest checks first.  None when the run had already ended."""
     folder = Path(config.out)
     marks = identity(config)
@@ -244,6 +270,7 @@ def set_up(config: TrainConfig) -> Run | None:
         folder=folder,
         identity=marks,
         damage=damage,
+        watchdog=watchdog,
         engine=engine,
         encoders=Encoders(model.vae, model.image_encoder),
         model=model,
@@ -252,6 +279,12 @@ def set_up(config: TrainConfig) -> Run | None:
         average=average,
         state=state,
         skips=Skips(config.max_skipped),
+        meter=Meter(
+            engine.device,
+            model.scheduler.config.num_train_timesteps,
+            flops_of_branches(config, count_tokens(model.image_encoder)),
+            peak_flops(engine.device, resolve_precision(config.precision)),
+        ),
         monitor=Monitor(config, folder, state.step) if is_main() else None,
     )
 
@@ -306,27 +339,17 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return rate
 
 
-def report(run: Run, losses: dict[str, list[torch.Tensor]], seconds: float, waited: float) -> dict[str, float]:
-    """Means over ranks since the last report.  Collective."""
-    config = run.config
-    means = torch.stack([torch.stack(values).mean() for _, values in sorted(losses.items())]).float()
-    counts = torch.tensor([float(len(values)) for _, values in sorted(losses.items())], device=means.device)
-    means = mean_over_ranks(means)
-    loss = float((means * counts).sum() / counts.sum())
-    done = counts.sum().item() / config.accumulation
-    values = {
-        "loss": loss,
-        **{f"loss/{branch}": float(mean) for (branch, _), mean in zip(sorted(losses.items()), means, strict=True)},
-        "lr": learning_rate(config.optim, run.state.step - 1, config.steps),
+def report(run: Run) -> dict[str, float]:
+    """What happened since the last report.  Collective."""
+    config, step = run.config, run.state.step
+    values = run.meter.report(config.data.num_views, config.steps - step) | {
+        "lr": learning_rate(config.optim, step - 1, config.steps),
         "grad_norm": float(run.engine.get_global_grad_norm() or 0.0),
-        "steps_per_s": done / seconds,
-        "images_per_s": done * config.batch_size * config.data.num_views / seconds,
-        "data_wait_share": waited / seconds,
         "skipped_steps": float(run.state.skipped),
         "damaged_objects": float(run.damage.gather(run.is_main)),
     }
     if run.monitor is not None:
-        run.monitor.log(run.state.step, values)
+        run.monitor.log(step, values)
     return values
 
 
@@ -344,6 +367,7 @@ def fill_averaged_weights(run: Run) -> None:
 
 def sample(run: Run) -> None:
     """A grid of sampled views beside the ground truth, drawn by rank 0 while the others wait.  Collective."""
+    run.watchdog.enter("checkpoint", f"the samples of step {run.state.step}")
     fill_averaged_weights(run)
     if run.monitor is not None:
         device = next(run.model.vae.parameters()).device
@@ -366,6 +390,7 @@ def sample(run: Run) -> None:
 
 def export(run: Run) -> None:
     """The finished checkpoint.  Collective."""
+    run.watchdog.enter("checkpoint", "the export")
     fill_averaged_weights(run)
     if run.is_main:
         save_export(run.folder / "export", run.model)

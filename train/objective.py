@@ -62,9 +62,13 @@ def draw(
         generator = keyed_generator(seed, "objective", position)
         timesteps.append(int(generator.integers(steps)))
         drop.append(bool(generator.random() < config.condition_dropout))
-        noise.append(torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)))
+        pixels = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
         with_references = (shape[0] + references, *shape[1:])
         posterior.append(torch.from_numpy(generator.standard_normal(with_references, dtype=np.float32)))
+        if config.offset_noise > 0:  # crosslabs.org/blog/diffusion-with-offset-noise
+            offset = generator.standard_normal((*shape[:2], 1, 1), dtype=np.float32)
+            pixels = pixels + config.offset_noise * torch.from_numpy(offset)
+        noise.append(pixels)
     return Draws(torch.tensor(timesteps), torch.stack(noise), torch.stack(posterior), torch.tensor(drop))
 
 
@@ -107,8 +111,8 @@ def training_loss(
     model: ModelConfig,
     latent_shape: tuple[int, int, int],
     seed: int,
-) -> Tensor:
-    """Loss of each object, (B,), in float32.  The references' prediction is cut off before it."""
+) -> tuple[Tensor, Tensor]:
+    """Loss (B,) of each object in float32, and its timestep (B,).  The references' prediction is cut off before it."""
     (b, v), r = batch.c2w.shape[:2], batch.reference_c2w.shape[1]
     device = next(unet.parameters()).device
     with torch.no_grad():
@@ -143,4 +147,4 @@ def training_loss(
 
     weight = snr_weight(scheduler.alphas_cumprod, config.min_snr_gamma, scheduler.config.prediction_type).to(device)
     squared = (output.float() - target.float()).square().flatten(1).mean(dim=1)
-    return squared * weight[timesteps]
+    return squared * weight[timesteps], timesteps

@@ -62,7 +62,7 @@ def loss(
     unet, encoders = networks
     scheduler = make_scheduler(prediction, zero_terminal_snr=prediction == "v_prediction")
     data, model = batch(list(positions), ema.references), ModelConfig(ema=ema, camera=camera)
-    return training_loss(unet, encoders, scheduler, data, branch, config or ObjectiveConfig(), model, LATENT, 0)
+    return training_loss(unet, encoders, scheduler, data, branch, config or ObjectiveConfig(), model, LATENT, 0)[0]
 
 
 def test_draws_depend_on_position_alone() -> None:
@@ -126,7 +126,9 @@ def test_a_network_that_knows_the_target_has_no_loss(networks) -> None:
     config = ObjectiveConfig(condition_dropout=0)
     for ema in EMA_DESIGNS:
         data = batch([3, 8], ema.references)
-        value = training_loss(Oracle(), encoders, scheduler, data, REFERENCE, config, ModelConfig(ema=ema), LATENT, 0)
+        value, _ = training_loss(
+            Oracle(), encoders, scheduler, data, REFERENCE, config, ModelConfig(ema=ema), LATENT, 0
+        )
         assert value.tolist() == [0, 0]
 
 

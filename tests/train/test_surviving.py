@@ -9,14 +9,13 @@ import re
 import resource
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load
-from tiny_runs import begin, composed, losses, train, weights_hash
+from tiny_runs import begun, composed, losses, set_up, train, weights_hash
 from warm import Run
 
 from data.files import UserError
@@ -25,17 +24,6 @@ from data.shards import Manifest, open_sample, read_manifest
 from data.sources import ShardFolder
 from models.checkpoint import load_export
 from models.latents import MEMBER, pack_latents
-from train.loop import set_up
-
-
-def begun(tiny: Path, out: Path) -> Run:
-    """Two ranks, as soon as the first checkpoint is there."""
-    run = begin(tiny, out)
-    deadline = time.monotonic() + 200
-    while not (out / "checkpoints" / "step_00000002").is_dir():
-        assert time.monotonic() < deadline, f"no checkpoint appeared\n{run.stdout}{run.stderr}"
-        time.sleep(0.05)
-    return run
 
 
 def test_killed_and_resumed_equals_undisturbed(quiet, tiny, tmp_path) -> None:
@@ -54,11 +42,16 @@ def test_killed_and_resumed_equals_undisturbed(quiet, tiny, tmp_path) -> None:
         set_up(composed(1, tiny, out, "optim.lr=5e-4"))
     with pytest.raises(UserError, match="is beyond steps=5"):
         set_up(composed(1, tiny, out, "steps=5"))
-    # A checkpoint is tied to its number of processes until it can be converted; that must be said, not crash.
-    (out / "export" / "isotropic3d.json").unlink()
-    shutil.rmtree(out / "checkpoints" / "step_00000006")
-    alone = train(tiny, out, processes=1)
-    assert alone.returncode == 2 and "saved with world_size=2 and this run has 1" in alone.stderr
+
+
+def test_a_stopped_rank_is_named_and_the_job_ends(quiet, tiny, tmp_path) -> None:
+    out = tmp_path / "stage1"
+    run = begun(tiny, out, "limits.step_s=4", "limits.checkpoint_s=4", "steps=5000")
+    os.kill(run.ranks[1], signal.SIGSTOP)
+    assert run.wait(60).returncode == 75, run.stderr[-3000:]
+    assert re.search(rf"no sign of life from rank 1 \(host .*, process {run.ranks[1]}, in .*\): stopped", run.stderr)
+    shutil.rmtree(out / "heartbeats")
+    assert losses(out)[:6] == losses(quiet)[: len(losses(out))][:6]
 
 
 def test_a_rank_that_cannot_write_ends_the_save_and_not_the_run(quiet, tiny, tmp_path) -> None:

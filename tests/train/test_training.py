@@ -13,14 +13,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import ROOT, composed, losses, train, weights_hash
+from tiny_runs import ROOT, composed, losses, set_up, train, weights_hash
 from wandb.proto import wandb_internal_pb2
 
 from data.files import UserError
 from data.packing import pack
 from models.checkpoint import load_export
 from models.image_encoder import load_image_encoder_folder
-from train.loop import set_up
 from train.networks import initial_unet
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from itertools import count
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from warm import ROOT, Run
+from warm import ROOT
+from warm import Run as Ranks
 
+from train import loop
 from train.config import TrainConfig
+from train.loop import Run, watched
 
 
 def tiny_overrides(folder: Path) -> list[str]:
@@ -37,12 +41,22 @@ def launch(stage: int, processes: int) -> list[str]:
     ]  # fmt: skip
 
 
-def begin(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2) -> Run:
+def begin(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2) -> Ranks:
     words = [f"train/stage{stage}.py", *tiny_overrides(tiny), f"out={out}", *more]
-    return Run(words, processes, next(f for n in count() if not (f := out.parent / f"log-{out.name}-{n}").exists()))
+    return Ranks(words, processes, next(f for n in count() if not (f := out.parent / f"log-{out.name}-{n}").exists()))
 
 
-def train(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2) -> Run:
+def begun(tiny: Path, out: Path, *more: str) -> Ranks:
+    """Two ranks, as soon as the first checkpoint is there."""
+    run = begin(tiny, out, *more)
+    deadline = time.monotonic() + 200
+    while not (out / "checkpoints" / "step_00000002").is_dir():
+        assert time.monotonic() < deadline, f"no checkpoint appeared\n{run.stdout}{run.stderr}"
+        time.sleep(0.05)
+    return run
+
+
+def train(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2) -> Ranks:
     return begin(tiny, out, *more, stage=stage, processes=processes).wait()
 
 
@@ -53,6 +67,11 @@ def composed(stage: int, tiny: Path, out: Path, *more: str) -> TrainConfig:
         config = OmegaConf.to_object(compose(f"stage{stage}", [*tiny_overrides(tiny), f"out={out}", *more]))
     assert isinstance(config, TrainConfig)
     return config
+
+
+def set_up(config: TrainConfig) -> Run | None:
+    with watched(config) as watchdog:
+        return loop.set_up(config, watchdog)
 
 
 def losses(out: Path) -> list[tuple[int, float]]:

@@ -1,0 +1,124 @@
+"""A rank that hangs is named and the job ends: each says in a file of the run's folder what it is doing."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from train.config import LimitsConfig
+
+HUNG = os.EX_TEMPFAIL  # as a run exits that wants to be started again: the last checkpoint is whole
+SLOWEST_BEAT = 15.0  # seconds
+
+
+class Watchdog:
+    """A thread beside the training that ends this process when one phase lasts beyond its limit.
+
+    Every rank enters the same phases in the same order.  So the rank to blame is one whose thread has fallen silent
+    (stopped, or its node is gone), or else one that is in an earlier phase than the others.  Files, not the process
+    group, because that is what hangs; signs of life are counted, not dated, because nodes' clocks differ.
+    """
+
+    def __init__(self, folder: Path, limits: LimitsConfig, rank: int, world: int):
+        self.folder, self.limits, self.rank, self.world = folder / "heartbeats", asdict(limits), rank, world
+        longest = [limit for limit in self.limits.values() if limit > 0]
+        self.period = min([SLOWEST_BEAT, *(limit / 10 for limit in longest)])
+        self.beats, self.count, self.kind, self.doing = 0, 0, "set_up_s", "set-up"
+        self.since = time.monotonic()
+        self.end: Callable[[int], Any] = os._exit  # the main thread may hang where no exception reaches it
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        if longest and world > 1:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.thread.start()
+
+    def enter(self, phase: str, doing: str) -> None:
+        """phase: set_up, step or checkpoint; doing: what messages call it."""
+        self.since = time.monotonic()
+        self.kind, self.doing = f"{phase}_s", doing
+        self.count += 1
+
+    def close(self) -> None:
+        self.closed.set()
+        if self.thread.ident is not None:
+            self.thread.join()
+            self._file(self.rank).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # until the last rank is gone
+                self.folder.rmdir()
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank:05d}.json"
+
+    def _beat(self) -> None:
+        self.beats += 1
+        words = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "beats": self.beats,
+                 "count": self.count, "doing": self.doing}  # fmt: skip
+        temporary = self._file(self.rank).with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(words))
+            os.replace(temporary, self._file(self.rank))
+        except OSError as error:
+            # A full disk must not end the run (see train.checkpoints); the others look here only when they wait.
+            print(f"warning: rank {self.rank} cannot write {temporary}: {error.strerror}", file=sys.stderr, flush=True)
+
+    def _read(self) -> dict[int, dict[str, Any]]:
+        found = {}
+        for rank in range(self.world):
+            try:
+                found[rank] = json.loads(self._file(rank).read_text())
+            except (OSError, ValueError):
+                found[rank] = {"beats": 0, "count": -1, "doing": "starting", "host": "unknown", "pid": 0}
+        return found
+
+    def _watch(self) -> None:
+        while not self.closed.wait(self.period):
+            self._beat()
+            limit, lasted = self.limits[self.kind], time.monotonic() - self.since
+            if 0 < limit < lasted:
+                self._give_up(limit)
+                return
+
+    def _give_up(self, limit: float) -> None:
+        count, doing = self.count, self.doing
+        before = self._read()
+        for _ in range(4):  # others beat meanwhile, if they live
+            if self.closed.wait(self.period):
+                return
+            self._beat()
+        if self.count != count:  # it went on after all
+            self._watch()
+            return
+        words = blame(before, self._read(), self.rank)
+        print(
+            f"error: rank {self.rank} has been in {doing} for more than {limit:g} s (limits.{self.kind}): {words}; "
+            "ending; the same command goes on from the last checkpoint",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        self.end(HUNG)
+
+
+def blame(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]], own: int) -> str:
+    """Which ranks the others wait for, from two looks at the beats with several periods between them."""
+
+    def name(rank: int) -> str:
+        return f"rank {rank} (host {after[rank]['host']}, process {after[rank]['pid']}, in {after[rank]['doing']})"
+
+    silent = [rank for rank in after if rank != own and after[rank]["beats"] == before[rank]["beats"]]
+    if silent:
+        return f"no sign of life from {', '.join(map(name, silent))}: stopped, or its node is gone"
+    first = min(one["count"] for one in after.values())
+    behind = [rank for rank in after if after[rank]["count"] == first]
+    if len(behind) < len(after):
+        return f"behind the others is {', '.join(map(name, behind))}"
+    return f"all {len(after)} ranks are there; the network between them, or the file system, may hang"
