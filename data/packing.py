@@ -26,6 +26,7 @@ from data.files import UserError, atomic_file, read_json, write_json
 from data.processes import locked, parallel
 from data.progress import Progress
 from data.shards import (
+    FAR,
     FORMAT,
     KEY,
     MEMBERS,
@@ -136,8 +137,9 @@ def check_meta(folder: Path) -> tuple[dict[str, Any], Source]:
         content = (folder / "meta.json").read_bytes()
         meta = json.loads(content)
         require_views(meta)
+        require_angles(meta)
         resolution = int(meta["resolution"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"views: {folder}/meta.json is damaged ({error!r}); delete the folder and render again"
         ) from None
@@ -149,6 +151,16 @@ def check_meta(folder: Path) -> tuple[dict[str, Any], Source]:
             raise UserError(f"views: {folder} lacks {name!r}; delete the folder and render again")
         sizes.append((folder / name).stat().st_size)
     return meta, Source(folder, mark(content + json.dumps(sizes).encode()), sum(sizes) + len(content), resolution)
+
+
+def require_angles(meta: dict[str, Any]) -> None:
+    """ValueError, KeyError or TypeError when a view has no file, or a camera that there cannot be."""
+    for view in meta["views"]:
+        elevation, fov, distance = (float(view[key]) for key in ("elevation_deg", "fov_deg", "distance"))
+        if not (view["file"] and -90 <= elevation <= 90 and 0 < fov < 180 and 0 < distance < FAR):
+            raise ValueError(
+                f"a view has file={view['file']!r}, elevation_deg={elevation}, fov_deg={fov}, distance={distance}"
+            )
 
 
 def files_of(meta: dict[str, Any]) -> list[str]:

@@ -37,6 +37,7 @@ SHARD = re.compile(r"[A-Za-z0-9_-]+\.tar")
 MEMBERS = re.compile(r"json|\d{3}(_normal|_depth)?\.(png|webp)|latents\.safetensors")
 MAX_SIDE = 4096  # pixels; a larger picture is refused before it is decoded
 MAX_SAMPLE_BYTES = 2**30
+FAR = 1e6  # object units, of which the whole object is one: no camera is there
 MAX_MANIFEST_BYTES = 2**31
 BLOCK = tarfile.BLOCKSIZE
 
@@ -112,19 +113,13 @@ def parse_manifest(content: Any, where: str) -> Manifest:
         raise UserError(f"{where} is not of format {FORMAT}; pack the views again")
     try:
         manifest = Manifest(
-            resolution=int(content["resolution"]),
+            resolution=content["resolution"],
             cameras=Cameras(**{key: (float(low), float(high)) for key, (low, high) in content["cameras"].items()}),
             shards=[Shard(**shard) for shard in content["shards"]],
             kind=content["kind"],
             encoders=content["encoders"],
         )
-        for shard in manifest.shards:
-            columns = (shard.keys, shard.offsets, shard.sizes, shard.marks, shard.sources)
-            if len({len(column) for column in columns}) != 1:
-                raise ValueError(f"{shard.name} has columns of different lengths")
-            ends = np.asarray(shard.offsets, dtype=np.int64) + np.asarray(shard.sizes, dtype=np.int64)
-            if not all(isinstance(key, str) for key in shard.keys) or (ends > shard.bytes).any() or (ends < 0).any():
-                raise ValueError(f"{shard.name} has samples outside of it")
+        require_types(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{where} is damaged ({error!r}); pack the views again") from None
     for shard in manifest.shards:
@@ -137,6 +132,31 @@ def parse_manifest(content: Any, where: str) -> Manifest:
         twice = next(k for shard in manifest.shards for k in shard.keys if k in seen or seen.add(k))  # type: ignore[func-returns-value]
         raise UserError(f"{where} has {twice} twice; pack the views again into an empty folder")
     return manifest
+
+
+def require_types(manifest: Manifest) -> None:
+    """ValueError for values that no manifest of ours has; JSON may hold anything in any place."""
+    ranges = vars(manifest.cameras).values()
+    if not all(math.isfinite(low) and math.isfinite(high) and low <= high for low, high in ranges):
+        raise ValueError(f"cameras are no ranges: {manifest.cameras}")
+    if type(manifest.resolution) is not int or not 1 <= manifest.resolution <= MAX_SIDE:
+        raise ValueError(f"resolution={manifest.resolution!r}")
+    if manifest.kind not in ("views", "latents"):
+        raise ValueError(f"kind={manifest.kind!r}")
+    if not isinstance(manifest.encoders, str | None):
+        raise ValueError(f"encoders={manifest.encoders!r}")
+    for shard in manifest.shards:
+        texts, numbers = (shard.keys, shard.marks, shard.sources), (shard.offsets, shard.sizes)
+        if not (isinstance(shard.name, str) and isinstance(shard.sha256, str) and type(shard.bytes) is int):
+            raise ValueError(f"a shard has name={shard.name!r}, sha256={shard.sha256!r} and bytes={shard.bytes!r}")
+        if len({len(column) for column in (*texts, *numbers)}) != 1:
+            raise ValueError(f"{shard.name} has columns of different lengths")
+        for kind, columns in ((str, texts), (int, numbers)):
+            if not all(set(map(type, column)) <= {kind} for column in columns):
+                raise ValueError(f"{shard.name} has columns of other types")
+        offsets, sizes = (np.asarray(column, dtype=np.int64) for column in numbers)
+        if ((offsets < 0) | (sizes < 0) | (offsets > shard.bytes - sizes)).any():
+            raise ValueError(f"{shard.name} has samples outside of it")
 
 
 def damaged_shards(folder: ShardFolder, manifest: Manifest) -> dict[str, str]:
@@ -274,8 +294,8 @@ def require_views(meta: dict[str, Any], kind: str = "views") -> None:
         raise ValueError("latents.embedded must be a list")
     if kind == "views":
         c2w = np.asarray([view["c2w"] for view in meta["views"]], dtype=np.float64).reshape(len(meta["views"]), -1)
-        if c2w.shape[1:] != (16,) or not np.isfinite(c2w).all():
-            good = [row.shape == (16,) and bool(np.isfinite(row).all()) for row in c2w]
+        if c2w.shape[1:] != (16,) or not (np.abs(c2w) < FAR).all():  # which NaN is not either
+            good = [row.shape == (16,) and bool((np.abs(row) < FAR).all()) for row in c2w]
             raise ValueError(f"c2w of {meta['views'][good.index(False)]['file']} is not a finite 4 x 4 matrix")
     for view in meta["views"]:
         if not isinstance(view["file"], str) or not isinstance(view["role"], str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -12,7 +13,9 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +37,7 @@ from data.shards import (
     regular_file,
 )
 from data.sources import ShardFolder
+from data.stream import ViewDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD_MB = 0.006  # two objects of 8 px
@@ -327,3 +331,59 @@ def test_headers_that_tarfile_refuses_are_refused(data) -> None:
     except ValueError:
         ours = None
     assert ours is None or ours == theirs, "never more than tarfile reads"
+
+
+ODD = [None, True, -1, 0, 10**30, -(10**20), 1.5, float("nan"), float("inf"), "", "../x", "pipe:ls", "\x00", [], {},
+       [None], [[[]]], {"a": 1}]  # fmt: skip
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Of a JSON document, every place; of a list's elements the first."""
+    if place:
+        yield place
+    if isinstance(value, dict):
+        for key in value:
+            yield from places(value[key], (*place, key))
+    elif isinstance(value, list) and value:
+        yield from places(value[0], (*place, 0))
+
+
+def replaced(document: Any, place: tuple[Any, ...], value: Any) -> str:
+    changed = copy.deepcopy(document)
+    inner = changed
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    return json.dumps(changed)
+
+
+def test_odd_values_in_a_manifest_are_refused_or_do_no_harm(packed: Path, tmp_path) -> None:
+    document = json.loads((packed / "manifest.json").read_text())
+    refused = []
+    for place in places(document):
+        for value in ODD:
+            (packed / "manifest.json").write_text(replaced(document, place, value))
+            try:
+                dataset = ViewDataset(str(packed), 8, 4, 0)
+                dataset[0]
+            except UserError:  # another error fails the test
+                refused.append(place)
+            except DamagedSample:
+                refused.append(place)
+    assert set(refused) == set(places(document)) - {()}, "no place takes everything"
+
+
+def test_odd_values_in_a_rendered_object_are_refused_or_do_no_harm(tmp_path) -> None:
+    write_views(tmp_path / "views", 1)
+    (meta,) = (tmp_path / "views").glob("*/meta.json")
+    document = json.loads(meta.read_text())
+    for place in places(document):
+        for value in ODD:
+            meta.write_text(replaced(document, place, value))
+            try:
+                pack(tmp_path / "views", tmp_path / "shards", SHARD_MB, processes=1)
+                assert verify(str(tmp_path / "shards"), processes=1) == []
+                ViewDataset(str(tmp_path / "shards"), 8, 1, 0)[0]
+            except UserError:
+                pass
+            shutil.rmtree(tmp_path / "shards", ignore_errors=True)
