@@ -20,6 +20,7 @@ from data.files import UserError
 from data.packing import pack
 from models.checkpoint import load_export
 from models.image_encoder import load_image_encoder_folder
+from train.exporting import ExportConfig, export_checkpoint
 from train.networks import initial_unet
 
 
@@ -168,6 +169,8 @@ def test_an_adapter_trains_alone_and_resumes(quiet, tiny, tmp_path) -> None:
     assert "going on from" in done.stdout
     assert losses(whole)[2:] == losses(parted) and len(losses(parted)) == 2
     assert weights_hash(whole) == weights_hash(parted)
+    export_checkpoint(ExportConfig(str(whole), out=str(tmp_path / "again" / "export")))
+    assert weights_hash(tmp_path / "again") == weights_hash(whole)
     before, after = (load_file(f / "export/unet/diffusion_pytorch_model.safetensors") for f in (quiet, whole))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(re.search(r"\.attn[12]\.to_(q|k|v|out\.0)\.weight$", name) for name in changed)
