@@ -26,6 +26,7 @@ from data.files import UserError, atomic_file, read_json, write_json
 from data.processes import locked, parallel
 from data.progress import Progress
 from data.shards import (
+    BLOCK,
     FAR,
     FORMAT,
     KEY,
@@ -45,6 +46,7 @@ from data.shards import (
 from data.sources import ShardFolder
 
 NUMBERED = re.compile(r"shard-(\d+)\.tar")
+TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp(\.\w+)?$")
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Source:
 
     folder: Path
     mark: str  # changes when the object is rendered again
-    bytes: int
+    bytes: int  # in the tar, at most, where pictures are packed as they are
     resolution: int
 
 
@@ -80,6 +82,7 @@ def pack(views: Path, out: Path, shard_mb: float = 512, image_format: str = "png
     folders = above_score(views, folders, min_clip_score)
     with locked(out):
         former = former_manifest(out)
+        finish_cleaning(out, former)
         held = (
             {}
             if former is None
@@ -98,7 +101,7 @@ def pack(views: Path, out: Path, shard_mb: float = 512, image_format: str = "png
             return former
         remove_temporary(out)
         first = first_number(out)
-        plan = divided(sources, int(shard_mb * 2**20))
+        plan = divided(sources, int(shard_mb * 2**20) - tarfile.RECORDSIZE)  # a tar ends in zeros
         packed = write_shards(out, plan, first, image_format, processes)
         manifest = merged(former, packed, resolutions.pop())
         write_manifest(out, manifest)
@@ -144,13 +147,19 @@ def check_meta(folder: Path) -> tuple[dict[str, Any], Source]:
             f"views: {folder}/meta.json is damaged ({error!r}); delete the folder and render again"
         ) from None
     if meta["uid"] != folder.name or not KEY.fullmatch(folder.name):
-        raise UserError(f"views: {folder}/meta.json is of object {meta['uid']!r}; a folder bears its object's uid")
+        raise UserError(
+            f"views: {folder}/meta.json is of object {meta['uid']!r}; a folder bears its object's uid, of up to 80 "
+            "letters, digits, - and _"
+        )
     sizes = []
     for name in files_of(meta):
         if not MEMBERS.fullmatch(name) or not (folder / name).is_file():
             raise UserError(f"views: {folder} lacks {name!r}; delete the folder and render again")
         sizes.append((folder / name).stat().st_size)
-    return meta, Source(folder, mark(content + json.dumps(sizes).encode()), sum(sizes) + len(content), resolution)
+    # In the tar each file has a header and is padded, and the .json gets a checksum a picture.
+    packed = [*sizes, len(content) + 64 * len(sizes)]
+    room = sum(BLOCK + -(-size // BLOCK) * BLOCK for size in packed)
+    return meta, Source(folder, mark(content + json.dumps(sizes).encode()), room, resolution)
 
 
 def require_angles(meta: dict[str, Any]) -> None:
@@ -347,8 +356,11 @@ def write_manifest(out: Path, manifest: Manifest) -> None:
 
 
 def remove_temporary(out: Path) -> None:
-    for left in out.glob(".shard-*.tmp.tar"):
-        left.unlink(missing_ok=True)
+    """What killed runs were writing; see `data.files.atomic_file`.  While nobody else writes there."""
+    for pattern in ("..*", ".manifest.json.*", ".shard-*"):
+        for left in out.glob(pattern):
+            if TEMPORARY.search(left.name):
+                left.unlink(missing_ok=True)
 
 
 def first_number(out: Path) -> int:
@@ -361,6 +373,14 @@ def first_number(out: Path) -> int:
     if not isinstance(content, dict) or not isinstance(content.get("first"), int):
         raise UserError(f"{marker} is damaged; remove it and the shards that are not in {out}/manifest.json")
     return int(content["first"])
+
+
+def finish_cleaning(out: Path, former: Manifest | None) -> None:
+    """What a pack left that was killed after its manifest was there: its numbers are taken, and not to serve again."""
+    if former is not None and (out / ".packing.json").is_file():
+        first = first_number(out)
+        if any(int(match[1]) >= first for s in former.shards if (match := NUMBERED.fullmatch(s.name))):
+            clean(out, None, former, first)
 
 
 def clean(out: Path, former: Manifest | None, manifest: Manifest, first: int) -> None:
@@ -409,12 +429,13 @@ def verify_shard(location: str, shard: Shard, kind: str, resolution: int | None)
     for offset in range(0, shard.bytes, 2**24):
         digest.update(folder.read(shard.name, offset, min(2**24, shard.bytes - offset), shard.sha256))
     problems = [] if digest.hexdigest() == shard.sha256 else [f"{where}: SHA-256 is not the manifest's"]
-    if not problems and resolution is None:  # these are the bytes that were packed, and each picture was decoded then
-        return []
+    as_packed = not problems and resolution is None  # then each picture was decoded before it was packed
     for number, key in enumerate(shard.keys):
         try:
             with open_sample(folder, shard, number) as members:
-                check_members(members, read_meta(members, shard.marks[number], kind), kind, resolution)
+                meta = read_meta(members, shard.marks[number], kind)
+                if not as_packed:
+                    check_members(members, meta, kind, resolution)
         except (UserError, KeyError, TypeError, AttributeError) as error:
             text = str(error) if isinstance(error, UserError) else f"its metadata is damaged ({error!r})"
             problems.append(text if key in text else f"{where}, object {key}: {text}")

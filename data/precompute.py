@@ -6,6 +6,7 @@ Every process takes its share of the shards; a killed run goes on from the shard
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +17,8 @@ from omegaconf import MISSING
 
 from conf.cli import check, run
 from data.files import UserError, read_json, require_writable, write_json
-from data.shards import Shard
+from data.packing import sidecar
+from data.shards import Manifest, Shard
 from data.sources import CacheConfig, ShardFolder
 from models.config import AutoencoderConfig, ImageEncoderConfig, autoencoder_of, image_encoder_of
 
@@ -34,8 +36,10 @@ class PrecomputeConfig:
     batch: int = 16  # pictures at once
     device: str = "auto"  # auto: this process's CUDA device, where there is one
     cache: CacheConfig = field(default_factory=CacheConfig)
+    max_damaged: float = 0.01  # share of the objects that may be left out, being damaged; more is an error
 
     def __post_init__(self) -> None:
+        check(0 <= self.max_damaged <= 1, f"max_damaged={self.max_damaged} must lie between 0 and 1")
         for name in ("image_size", "batch"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         check(self.dtype in ("float16", "float32"), f"dtype={self.dtype} must be float16 or float32")
@@ -59,8 +63,8 @@ def main(config: PrecomputeConfig) -> None:
     # Imported here, so that --help and wrong values do not wait for them.
     import torch
 
-    from data.packing import Manifest, Packed, finished_shard, remove_temporary, write_manifest
-    from data.processes import die_with_parent
+    from data.packing import Packed, finished_shard, remove_temporary, write_manifest
+    from data.processes import die_with_parent, locked
     from data.progress import Progress
     from data.shards import mark
     from data.stream import ViewDataset
@@ -79,34 +83,58 @@ def main(config: PrecomputeConfig) -> None:
     kind = torch.bfloat16 if config.precision == "bf16" else torch.float32
     vae = vae.to(device_of(config), kind)
     task = Task(config, dataset, vae, image_encoder.to(device_of(config)), "")
-    if rank == 0:
-        require_same(out, encoders, config)
+    require_same(out, folder, encoders, config)
     shards = dataset.manifest.shards
     marks = [
         mark(f"{encoders} {config.image_size} {config.dtype} {config.precision} {s.sha256}".encode()) for s in shards
     ]
-    mine = [i for i in range(rank, len(shards), world) if finished_shard(out / shards[i].name, marks[i]) is None]
-    objects = sum(len(shards[i].keys) for i in mine)
-    with Progress(f"precompute {rank + 1}/{world}", objects, "object") as progress:
-        for index in mine:
-            task.mark = marks[index]
-            encode_shard(task, index, out / shards[index].name, progress)
-    if rank != 0:
-        return
-    done: list[Packed | None] = [None]
-    while None in done:  # the others'; a launcher ends this process when one of them fails
-        done = [finished_shard(out / shard.name, marks[i]) for i, shard in enumerate(shards)]
-        time.sleep(0.5 if None in done else 0)
-    remove_temporary(out)  # what killed runs left; nobody is writing any more
-    found = [present(one.shard, shard) for one, shard in zip(done, shards, strict=True) if one is not None]
-    latents = [shard for shard in found if shard.keys]
-    if not latents:
-        raise UserError(f"shards={config.shards}: every object is damaged; copy the shards again")
-    cameras = dataset.manifest.cameras
-    manifest = Manifest(config.image_size, cameras, latents, "latents", encoders)
-    write_manifest(out, manifest)
-    lost = dataset.manifest.count - manifest.count
+    # Named by content, so that the shards that a manifest names are never written again.
+    paths = [out / f"{Path(s.name).stem}-{m[:8]}.tar" for s, m in zip(shards, marks, strict=True)]
+    there = [finished_shard(path, m) for path, m in zip(paths, marks, strict=True)]
+    mine = [i for i in range(rank, len(shards), world) if there[i] is None]
+    with locked(out) if rank == 0 else contextlib.nullcontext():
+        if rank == 0:  # those from which objects had to be left out, which may have been mended since
+            mine += [i for i, one in enumerate(there) if one and len(one.shard.keys) < len(shards[i].keys)]
+        objects = sum(len(shards[i].keys) for i in mine)
+        with Progress(f"precompute {rank + 1}/{world}", objects, "object") as progress:
+            for index in mine:
+                task.mark = marks[index]
+                encode_shard(task, index, paths[index], progress)
+        if rank != 0:
+            return
+        done: list[Packed | None] = [None]
+        while None in done:  # the others'; a launcher ends this process when one of them fails
+            done = [finished_shard(path, m) for path, m in zip(paths, marks, strict=True)]
+            time.sleep(0.5 if None in done else 0)
+        remove_temporary(out)  # what killed runs left; nobody is writing any more
+        found = [present(one.shard, shard) for one, shard in zip(done, shards, strict=True) if one is not None]
+        manifest = Manifest(
+            config.image_size, dataset.manifest.cameras, [one for one in found if one.keys], "latents", encoders
+        )
+        lost = dataset.manifest.count - manifest.count
+        if lost > config.max_damaged * dataset.manifest.count:
+            raise UserError(
+                f"shards={config.shards}: {lost} of {dataset.manifest.count} objects are damaged, more than "
+                f"max_damaged={config.max_damaged:g} of them ({', '.join(left_out(shards, found))}); copy their shards "
+                "again and give the same command, or raise max_damaged"
+            )
+        write_manifest(out, manifest)
+        remove_former(out, {shard.name for shard in manifest.shards})
     print(f"{out}: latents of {manifest.count} objects" + (f"; {lost} damaged ones are left out" if lost else ""))
+
+
+def left_out(views: list[Shard], latents: list[Shard]) -> list[str]:
+    """The first objects that have no latents."""
+    there = {key for shard in latents for key in shard.keys}
+    return [key for shard in views for key in shard.keys if key not in there][:10]
+
+
+def remove_former(out: Path, kept: set[str]) -> None:
+    """Shards that the manifest names no more: of pictures packed anew, or made with other settings."""
+    for path in out.glob("shard-*.tar"):
+        if path.name not in kept and sidecar(path).is_file():  # which only what is written here has
+            path.unlink()
+            sidecar(path).unlink()
 
 
 def present(latents: Shard, views: Shard) -> Shard:
@@ -144,8 +172,10 @@ def device_of(config: PrecomputeConfig) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def require_same(out: Path, encoders: str, config: PrecomputeConfig) -> None:
-    """UserError when `out` holds latents of other networks or another size."""
+def require_same(out: Path, folder: ShardFolder, encoders: str, config: PrecomputeConfig) -> None:
+    """UserError when `out` holds latents of other networks or another size, or the views themselves."""
+    if folder.local is not None and folder.local.resolve() == out.resolve():
+        raise UserError(f"out={out} is the folder of the shards; choose another out=")
     if not (out / "manifest.json").is_file():
         return
     found = read_json(out / "manifest.json", "latents")
@@ -156,7 +186,7 @@ def require_same(out: Path, encoders: str, config: PrecomputeConfig) -> None:
 
 def encode_shard(task: Task, index: int, path: Path, progress: Any) -> None:
     """The shard's latents, under its name; damaged objects are named and left out."""
-    from data.packing import Packed, sidecar, write_tar
+    from data.packing import Packed, write_tar
 
     def samples() -> Any:
         shard = task.dataset.manifest.shards[index]
@@ -185,6 +215,9 @@ def encoded_sample(task: Task, number: int) -> dict[str, Any] | None:
         print(f"left out: {error}", flush=True)
         return None
     embedded = [view["file"] for view in meta["views"] if view["role"] in ("reference", "eval_reference")]
+    if not embedded:
+        print(f"left out: {meta['uid']} has no reference view; render it with references", flush=True)
+        return None
     moments, embeddings = encode_object(
         task.vae,
         task.image_encoder,
@@ -193,6 +226,10 @@ def encoded_sample(task: Task, number: int) -> dict[str, Any] | None:
         task.config.batch,
     )
     c2w = torch.tensor([view["c2w"] for view in meta["views"]])
+    limit = torch.finfo(getattr(torch, task.config.dtype)).max
+    if not all((tensor.abs() <= limit).all() for tensor in (moments, embeddings)):  # which NaN is not
+        print(f"left out: the latents of {meta['uid']} are not finite in {task.config.dtype}", flush=True)
+        return None
     content, told = pack_latents(moments, embeddings, c2w, task.config.dtype)
     return {"__key__": meta["uid"], MEMBER: content, "json": described(meta, told, embedded)}
 

@@ -109,6 +109,11 @@ class RangeCache:
         except OSError as error:
             self._turn_off(error)
 
+    def drop(self, key: list[str | int]) -> None:
+        """Forgets what is kept under `key`."""
+        with contextlib.suppress(OSError):  # a folder that cannot be written is said when it is written to
+            self._path(key).unlink(missing_ok=True)
+
     def _begin_process(self) -> None:
         if self._pid != os.getpid():
             # A random start spreads the processes' scans in time, and short-lived processes scan their share too.  Not

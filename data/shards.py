@@ -29,10 +29,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data.files import UserError
-from data.sources import ShardFolder
+from data.sources import ShardFolder, UnreadableShard
 
 FORMAT = "isotropic3d-shards/2"
-KEY = re.compile(r"[A-Za-z0-9_-]+")
+KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # with the longest member behind it, what a plain tar header has room for
+KEYS = re.compile(r"(?:[A-Za-z0-9_-]{1,80}\n)*")
 SHARD = re.compile(r"[A-Za-z0-9_-]+\.tar")
 MEMBERS = re.compile(r"json|\d{3}(_normal|_depth)?\.(png|webp)|latents\.safetensors")
 MAX_SIDE = 4096  # pixels; a larger picture is refused before it is decoded
@@ -90,11 +91,16 @@ def mark(content: bytes) -> str:
 def read_manifest(location: str | os.PathLike[str] | ShardFolder) -> Manifest:
     """UserError naming the file and the remedy.  The shards themselves are not looked at; see `damaged_shards`."""
     folder = location if isinstance(location, ShardFolder) else ShardFolder(str(location))
+    return parse_text(manifest_bytes(folder), folder.describe("manifest.json"))
+
+
+def parse_text(text: bytes, where: str) -> Manifest:
+    """As `parse_manifest`, of what is perhaps no JSON."""
     try:
-        content = json.loads(manifest_bytes(folder))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder.describe('manifest.json')} cannot be read: {error}; pack the views again") from None
-    return parse_manifest(content, folder.describe("manifest.json"))
+        raise UserError(f"{where} cannot be read: {error}; pack the views again") from None
+    return parse_manifest(content, where)
 
 
 def manifest_bytes(folder: ShardFolder) -> bytes:
@@ -125,6 +131,8 @@ def parse_manifest(content: Any, where: str) -> Manifest:
     for shard in manifest.shards:
         if not SHARD.fullmatch(shard.name):
             raise UserError(f"{where} names {shard.name!r}, which is no plain .tar name")
+    if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
+        raise UserError(f"{where} names a shard twice; pack the views again into an empty folder")
     if manifest.count == 0:
         raise UserError(f"{where} holds no objects; pack some views")
     if len({key for shard in manifest.shards for key in shard.keys}) < manifest.count:
@@ -152,8 +160,10 @@ def require_types(manifest: Manifest) -> None:
         if len({len(column) for column in (*texts, *numbers)}) != 1:
             raise ValueError(f"{shard.name} has columns of different lengths")
         for kind, columns in ((str, texts), (int, numbers)):
-            if not all(set(map(type, column)) <= {kind} for column in columns):
+            if not all(type(column) is list and set(map(type, column)) <= {kind} for column in columns):
                 raise ValueError(f"{shard.name} has columns of other types")
+        if not KEYS.fullmatch("".join(f"{key}\n" for key in shard.keys)):
+            raise ValueError(f"{shard.name} has keys that are none")
         offsets, sizes = (np.asarray(column, dtype=np.int64) for column in numbers)
         if ((offsets < 0) | (sizes < 0) | (offsets > shard.bytes - sizes)).any():
             raise ValueError(f"{shard.name} has samples outside of it")
@@ -212,11 +222,17 @@ def open_sample(folder: ShardFolder, shard: Shard, number: int) -> Iterator[Memb
     if not BLOCK < size <= MAX_SAMPLE_BYTES or not KEY.fullmatch(key):
         raise DamagedSample(f"{where}: a sample of {size} bytes; pack the views again")
     if folder.local is None:  # a request costs more than the bytes that are not asked for
-        content = folder.read(shard.name, offset, size, shard.sha256)
-        yield Members(where, walk(content_reader(content), size, key, where), content_reader(content))
+        try:
+            content = folder.read(shard.name, offset, size, shard.sha256)
+            yield Members(where, walk(content_reader(content), size, key, where), content_reader(content))
+        except UnreadableShard as error:
+            raise DamagedSample(f"{where}: {error}") from None
+        except DamagedSample:
+            folder.forget(shard.name, offset, size, shard.sha256)
+            raise
         return
     try:
-        handle = os.open(folder.local / shard.name, os.O_RDONLY)
+        handle = os.open(folder.local / shard.name, os.O_RDONLY | os.O_NONBLOCK)  # which a FIFO would wait at
     except OSError as error:
         raise DamagedSample(f"{where}: cannot be opened ({error.strerror}); copy the shard again") from None
     try:

@@ -66,6 +66,10 @@ class PermanentError(Exception):
     """Another attempt would end the same.  The message ends with the remedy."""
 
 
+class UnreadableShard(UserError):
+    """A file that is not as the manifest says, or not given out: another attempt would end the same."""
+
+
 class Files(Protocol):
     """Plain files of one folder.  Both raise TransientError or PermanentError."""
 
@@ -136,13 +140,21 @@ class ShardFolder:
             return b""
         if self._cache is None or not version:
             return self._attempt(name, lambda: self._files.fetch(name, offset, count))
-        where = str(self.local.absolute()) if self.local else self.location
-        key: list[str | int] = [where, name, version, offset, count]
+        key = self._key(name, offset, count, version)
         content = self._cache.get(key, count)
         if content is None:
             content = self._attempt(name, lambda: self._files.fetch(name, offset, count))
             self._cache.put(key, content)
         return content
+
+    def forget(self, name: str, offset: int, count: int, version: str) -> None:
+        """Takes what `read` gave out of the cache, since it turned out not to be what was packed."""
+        if self._cache is not None:
+            self._cache.drop(self._key(name, offset, count, version))
+
+    def _key(self, name: str, offset: int, count: int, version: str) -> list[str | int]:
+        where = str(self.local.absolute()) if self.local else self.location
+        return [where, name, version, offset, count]
 
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not NAME.fullmatch(name):  # it comes from a manifest
@@ -160,7 +172,7 @@ class ShardFolder:
             except TransientError as error:
                 reason = str(error)
             except PermanentError as error:
-                raise UserError(f"{self.describe(name)}: {error}") from None
+                raise UnreadableShard(f"{self.describe(name)}: {error}") from None
         raise UserError(
             f"{self.describe(name)}: {ATTEMPTS} attempts failed, the last one with: {reason}; check the server and the "
             "network, or copy the shards to a local folder"
@@ -304,6 +316,8 @@ def http_range(url: str, offset: int, count: int) -> Iterator[http.client.HTTPRe
             raise PermanentError(f"the server's certificate is not valid ({error.verify_message})") from None
         except (OSError, http.client.HTTPException) as error:
             raise TransientError(f"{type(error).__name__}: {error}") from None
+        except (ValueError, UnicodeError) as error:  # of a redirect's target, which the server makes up
+            raise PermanentError(f"the server leads to {url!r}, which is no URL ({error})") from None
         finally:
             if not whole:
                 connection.close()

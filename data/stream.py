@@ -116,6 +116,10 @@ def choose_references(meta: dict[str, Any], count: int, generator: np.random.Gen
     return [there[first]]
 
 
+class UnfitSample(DamagedSample):
+    """An object that is whole, and has not the views that are asked for; if it is alone in that, others stand in."""
+
+
 @dataclass
 class StoredObject:
     """One object of the shards, open for reading."""
@@ -208,6 +212,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         damaged: dict[str, str] = {}
+        unfit = True
         for attempt in range(TRIES):
             span, number = self.object_at(position, attempt)
             try:
@@ -216,7 +221,10 @@ class ViewDataset(Dataset[dict[str, Any]]):
             except DamagedSample as error:
                 shard, row = self.locate(number, span)
                 damaged[self.spans[span].manifest.shards[shard].keys[row]] = str(error)
+                unfit = unfit and isinstance(error, UnfitSample)
         first = next(iter(damaged.values()))
+        if unfit:
+            raise UserError(first)
         raise UserError(f"{len(damaged)} objects tried for one place of a batch are all damaged; the first: {first}")
 
     def object_at(self, position: int, attempt: int = 0) -> tuple[int, int]:
@@ -252,13 +260,13 @@ class ViewDataset(Dataset[dict[str, Any]]):
             views = choose_views(stored.meta, self.num_views, generator)
             references = choose_references(stored.meta, self.num_references, generator)
         except UserError as error:
-            raise type(error)(f"{stored.members.where}: {error}") from None
+            raise UnfitSample(f"{stored.members.where}: {error}") from None
         item = {
             "c2w": stored.cameras(views),
             "reference_c2w": stored.cameras(references),
             "key": stored.meta["uid"],
         }
-        if self.manifest.kind == "latents":
+        if stored.kind == "latents":
             return item | {"moments": stored.moments(views + references), "embeddings": stored.embedding(references[0])}
         return item | {
             "images": torch.stack([stored.image(view) for view in views]) * 2 - 1,

@@ -63,7 +63,7 @@ def tiny(tmp_path_factory) -> Path:
     """A folder with shards/ and parts/{vae,image_encoder}."""
     folder = tmp_path_factory.mktemp("tiny")
     draw_views(folder / "views")
-    pack(folder / "views", folder / "shards", shard_mb=0.03)
+    pack(folder / "views", folder / "shards", shard_mb=0.08)
     words = ["models/small.py", f"shards={folder}/shards", f"out={folder}/parts", "image_size=32",
              "latent_channels=8", "embed_dim=8"]  # fmt: skip
     made = Run(words, 1, folder / "log").wait()

@@ -119,7 +119,7 @@ class Run:
         process = server()
         assert process.stdin is not None
         process.stdin.write(json.dumps({"words": words, "processes": processes, **paths}) + "\n")
-        self.ranks = json.loads(self._line(120))
+        self.ranks = json.loads(self._line(400))
         self.returncode: int | None = None
 
     def _line(self, timeout: float) -> str:
@@ -137,7 +137,7 @@ class Run:
     def stderr(self) -> str:
         return (self.out / "stderr").read_text()
 
-    def wait(self, timeout: float = 300) -> Run:
+    def wait(self, timeout: float = 800) -> Run:
         try:
             self.returncode = int(self._line(timeout))
         except AssertionError:

@@ -251,6 +251,7 @@ def set_up(config: TrainConfig, watchdog: Watchdog) -> Run | None:
     accelerator, engine = build_engine(config, unet)
     average = WeightAverage(engine, config.optim.weight_average_decay)
     state = TrainState(spans)
+    require_one_manifest(spans[-1].manifest, marks["data.shards"])
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is not None:
         if read_json(newest / "state.json", "checkpoint") != last_state:  # a damaged one was passed over
@@ -287,6 +288,14 @@ def set_up(config: TrainConfig, watchdog: Watchdog) -> Run | None:
         ),
         monitor=Monitor(config, folder, state.step) if is_main() else None,
     )
+
+
+def require_one_manifest(read: str, before: str) -> None:
+    """UserError unless all ranks have read the same list of shards.  Collective."""
+    everyone: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    dist.all_gather_object(everyone, (read, before))
+    if len({mark for pair in everyone for mark in pair}) > 1:
+        raise UserError("data.shards: the list of shards has changed while the run was starting; start it again")
 
 
 def require_own_latents(dataset: ViewDataset, vae: Any, image_encoder: ClipImageEncoder) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data.files import UserError, atomic_file, read_json
-from data.shards import Manifest, damaged_shards, manifest_bytes, mark, parse_manifest
+from data.shards import Manifest, damaged_shards, manifest_bytes, mark, parse_manifest, parse_text
 from data.sources import ShardFolder
 from data.stream import Span, ViewDataset
 from train.config import DataConfig, TrainConfig
@@ -43,16 +43,24 @@ def with_new_shards(saved: list[SavedSpan], current: str, count: int, consumed: 
     return [*saved, SavedSpan(last.first + epochs * count, last.epoch + epochs, current)]
 
 
-def open_spans(run: Path, folder: ShardFolder, saved: list[SavedSpan], consumed: int, write: bool) -> list[SavedSpan]:
-    """The spans of a run that goes on.  With `write` (rank 0) the run folder gets a copy of the current manifest."""
-    text = manifest_bytes(folder)
+def open_spans(
+    run: Path, text: bytes, manifest: Manifest, saved: list[SavedSpan], consumed: int, write: bool
+) -> list[SavedSpan]:
+    """The spans of a run that goes on with `manifest`, of this text.  With `write` (rank 0) the run folder gets it."""
     current = mark(text)
-    parse_manifest(json.loads(text), folder.describe("manifest.json"))
     path = run / "shards" / f"{current}.json"
     if write and not path.is_file():
         with atomic_file(path) as temporary:
             temporary.write_bytes(text)
-    count = read_saved(run, saved[-1].manifest).count if saved and saved[-1].manifest != current else 1
+    count = 1
+    if saved and saved[-1].manifest != current:
+        last = read_saved(run, saved[-1].manifest)
+        if last.kind != manifest.kind:
+            raise UserError(
+                f"{run} began on shards of {last.kind}, and data.shards are of {manifest.kind} now; give shards of "
+                f"{last.kind}, or another name= or out="
+            )
+        count = last.count
     return with_new_shards(saved, current, count, consumed)
 
 
@@ -61,11 +69,16 @@ def read_saved(run: Path, manifest: str) -> Manifest:
     return parse_manifest(read_json(path, "shards that the run began with"), str(path))
 
 
-def as_spans(run: Path, folder: ShardFolder, saved: list[SavedSpan]) -> list[Span]:
-    """With their manifests; the last one's is the folder's own."""
-    last = parse_manifest(json.loads(manifest_bytes(folder)), folder.describe("manifest.json"))
+def as_spans(run: Path, folder: ShardFolder, manifest: Manifest, saved: list[SavedSpan], consumed: int) -> list[Span]:
+    """With their manifests.  UserError when shards of the epoch that goes on were removed meanwhile."""
     former = [Span(span.first, span.epoch, read_saved(run, span.manifest)) for span in saved[:-1]]
-    return [*former, Span(saved[-1].first, saved[-1].epoch, last)]
+    if former and consumed < saved[-1].first:
+        for name, what in damaged_shards(folder, former[-1].manifest).items():
+            raise UserError(
+                f"{folder.describe(name)} {what}, and the epoch in which {run} stopped needs it: its objects were "
+                "rendered and packed again; put the former shards back for that epoch, or give another name= or out="
+            )
+    return [*former, Span(saved[-1].first, saved[-1].epoch, manifest)]
 
 
 def open_dataset(
@@ -76,10 +89,17 @@ def open_dataset(
     folder = ShardFolder(data.shards, data.cache)
     batches = int(last_state.get("step", 0)) + int(last_state.get("skipped", 0))
     consumed = batches * config.batch_size
-    spans = open_spans(run, folder, saved_spans(last_state.get("spans", []), run), consumed, write)
+    text = manifest_bytes(folder)  # once, so that all that follows is of the same one
+    manifest = parse_text(text, folder.describe("manifest.json"))
+    spans = open_spans(run, text, manifest, saved_spans(last_state.get("spans", []), run), consumed, write)
     references = config.model.ema.references if config.objective.reference_probability > 0 else 1
     dataset = ViewDataset(
-        folder, data.image_size, data.num_views, config.seed, references, as_spans(run, folder, spans)
+        folder,
+        data.image_size,
+        data.num_views,
+        config.seed,
+        references,
+        as_spans(run, folder, manifest, spans, consumed),
     )
     if dataset.manifest.kind == "latents" and dataset.manifest.resolution != data.image_size:
         size = dataset.manifest.resolution
@@ -91,7 +111,10 @@ def open_dataset(
 
 
 class Damage:
-    """The objects found damaged, over all ranks and sessions; more than `data.max_damaged` of all stop the run."""
+    """The objects found damaged since this start, over all ranks; more than `data.max_damaged` of all stop the run.
+
+    damaged.jsonl keeps those of former starts too, but does not count them: they may have been mended.
+    """
 
     def __init__(self, path: Path, config: DataConfig, folder: ShardFolder, manifest: Manifest, is_main: bool):
         self.path, self.share, self.where, self.total = path, config.max_damaged, folder.describe(), manifest.count

@@ -30,7 +30,7 @@ SMALL = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
-CAMERA = np.eye(4).tolist()
+CAMERA = {"c2w": np.eye(4).tolist(), "elevation_deg": 15.0, "fov_deg": 50.0, "distance": 2.0}
 AZIMUTHS = [200.0, 350.0, 40.0, 5.0, 90.0]  # of the references; nearest to the front are 5, 350 and 40
 
 
@@ -41,9 +41,9 @@ def make_views(views: Path, count: int) -> None:
         folder = views / f"object{i}"
         folder.mkdir(parents=True)
         described = [
-            {"file": f"{n:03d}.png", "role": "reference", "azimuth_deg": azimuth, "c2w": CAMERA}
+            {"file": f"{n:03d}.png", "role": "reference", "azimuth_deg": azimuth} | CAMERA
             for n, azimuth in enumerate(AZIMUTHS)
-        ] + [{"file": "005.png", "role": "ring", "ring": 0, "index": 0, "azimuth_deg": 0.0, "c2w": CAMERA}]
+        ] + [{"file": "005.png", "role": "ring", "ring": 0, "index": 0, "azimuth_deg": 0.0} | CAMERA]
         for view in described:
             Image.fromarray(random.integers(0, 256, (48, 48, 4), dtype=np.uint8), "RGBA").save(folder / view["file"])
         meta = {"uid": folder.name, "caption": f"thing number {i}", "resolution": 48, "views": described}
@@ -123,7 +123,7 @@ def test_damaged_objects_are_named_and_have_no_score(
     make_views(tmp_path, 7)
     (tmp_path / "object0" / "003.png").write_bytes(b"no picture")
     (tmp_path / "object1" / "003.png").unlink()
-    view = {"file": "000.png", "role": "reference", "c2w": CAMERA}
+    view = {"file": "000.png", "role": "reference"} | CAMERA
     for name, change in (("object2", {"caption": ""}), ("object3", {"views": [view | {"file": "../x.png"}]}),
                          ("object4", {"views": [view]}),
                          ("object5", {"views": [{"file": "000.png", "role": "reference"}]})):  # fmt: skip

@@ -124,3 +124,46 @@ def test_latents_are_not_encoded_again_nor_mixed(tiny: Path, latents: Path, tmp_
         main(config(tiny, latents, tmp_path / "out"))
     with pytest.raises(UserError, match="holds other latents"):
         main(config(tiny, tiny / "shards", latents, image_size=64))
+
+
+def test_only_rank_0_writes_the_manifest_and_every_rank_looks_first(tiny: Path, latents: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(UserError, match="holds other latents"):
+            main(config(tiny, tiny / "shards", latents, image_size=64))
+        with pytest.raises(UserError, match="is the folder of the shards"):
+            main(config(tiny, tiny / "shards", tiny / "shards" / ".." / "shards"))
+    assert verify(str(latents)) == [] and verify(str(tiny / "shards")) == []
+
+
+def test_mended_shards_come_back_and_too_much_damage_is_an_error(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "shards", tmp_path / "shards")
+    shard = read_manifest(tmp_path / "shards").shards[0]
+    whole = (tmp_path / "shards" / shard.name).read_bytes()
+    damaged = bytearray(whole)
+    damaged[shard.offsets[0] + 600] ^= 1
+    (tmp_path / "shards" / shard.name).write_bytes(damaged)
+    given = config(tiny, tmp_path / "shards", tmp_path / "latents")
+    with pytest.raises(
+        UserError, match=rf"1 of 4 objects are damaged, more than max_damaged=0.01 .*\({shard.keys[0]}\)"
+    ):
+        main(given)
+    assert not (tmp_path / "latents" / "manifest.json").exists()
+    given.max_damaged = 0.3
+    main(given)
+    assert read_manifest(tmp_path / "latents").count == 3
+    (tmp_path / "shards" / shard.name).write_bytes(whole)
+    main(given)
+    assert read_manifest(tmp_path / "latents").count == 4 and verify(str(tmp_path / "latents")) == []
+
+
+def test_other_settings_leave_no_moment_without_whole_latents(tiny: Path, tmp_path: Path) -> None:
+    """Shards are named by what they hold, so that a run that is killed in between has changed nothing."""
+    out = tmp_path / "latents"
+    main(config(tiny, tiny / "shards", out))
+    before = {shard.name for shard in read_manifest(out).shards}
+    main(config(tiny, tiny / "shards", out, dtype="float16"))
+    after = {shard.name for shard in read_manifest(out).shards}
+    assert not before & after and {path.name for path in out.glob("*.tar")} == after
+    assert verify(str(out)) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -26,6 +27,7 @@ from PIL import Image
 
 from data.files import UserError
 from data.packing import locate_samples, pack, verify
+from data.range_cache import CacheConfig
 from data.shards import (
     DamagedSample,
     Shard,
@@ -40,7 +42,7 @@ from data.sources import ShardFolder
 from data.stream import ViewDataset
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARD_MB = 0.006  # two objects of 8 px
+SHARD_MB = 0.0235  # two objects of 8 px, and the end of a tar
 
 
 def png(array: np.ndarray) -> bytes:
@@ -387,3 +389,96 @@ def test_odd_values_in_a_rendered_object_are_refused_or_do_no_harm(tmp_path) -> 
             except UserError:
                 pass
             shutil.rmtree(tmp_path / "shards", ignore_errors=True)
+
+
+def test_a_pack_killed_while_it_cleaned_leaves_its_numbers_taken(tmp_path) -> None:
+    """The manifest was there; what said which numbers the pack may write was there still."""
+    write_views(tmp_path / "views", 4)
+    pack(tmp_path / "views", tmp_path / "shards", SHARD_MB, processes=1)
+    (tmp_path / "shards" / ".packing.json").write_text('{"first": 0}')
+    (tmp_path / "shards" / ".shard-000001.json").write_text("{}")
+    before = read_manifest(tmp_path / "shards")
+    pack(tmp_path / "views", tmp_path / "shards", SHARD_MB, processes=1)
+    assert not (tmp_path / "shards" / ".packing.json").exists() and read_manifest(tmp_path / "shards") == before
+    (tmp_path / "shards" / ".packing.json").write_text('{"first": 0}')
+    write_views(tmp_path / "more", 6)
+    for number in (4, 5):
+        (tmp_path / "more" / f"object-{number}_x").rename(tmp_path / "views" / f"object-{number}_x")
+    manifest = pack(tmp_path / "views", tmp_path / "shards", SHARD_MB, processes=1)
+    assert manifest.count == 6 and manifest.shards[: len(before.shards)] == before.shards
+    assert verify(str(tmp_path / "shards"), processes=1) == []
+
+
+def test_a_bound_holds_for_the_whole_tar(tmp_path) -> None:
+    write_views(tmp_path / "views", 12)
+    for shard in pack(tmp_path / "views", tmp_path / "shards", 0.04, processes=1).shards:
+        assert len(shard.keys) > 1 and shard.bytes <= 0.04 * 2**20
+
+
+def test_names_too_long_for_a_tar_are_refused(tmp_path) -> None:
+    write_views(tmp_path / "views", 1)
+    (folder,) = (tmp_path / "views").iterdir()
+    document = json.loads((folder / "meta.json").read_text())
+    for length, fits in ((80, True), (81, False)):
+        folder = folder.rename(folder.with_name("a" * length))
+        (folder / "meta.json").write_text(json.dumps(document | {"uid": "a" * length}))
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="of up to 80 letters"):
+            manifest = pack(tmp_path / "views", tmp_path / "shards", SHARD_MB, processes=1)
+    assert members_of(tmp_path / "shards", manifest.shards[0], 0).keys() >= {"json", "000.png"}
+
+
+def test_verify_holds_the_manifest_against_the_tar(packed: Path) -> None:
+    content = json.loads((packed / "manifest.json").read_text())
+    shard = content["shards"][0]
+    shard["marks"].reverse()
+    (packed / "manifest.json").write_text(json.dumps(content))
+    assert [line.split(":")[0] for line in verify(str(packed), processes=1)] == ["shards"] * len(shard["marks"])
+
+
+def test_a_fifo_for_a_shard_is_damage(packed: Path) -> None:
+    (name,) = {shard.name for shard in read_manifest(packed).shards[:1]}
+    (packed / name).unlink()
+    os.mkfifo(packed / name)
+    with pytest.raises(DamagedSample):
+        members_of(packed, read_manifest(packed).shards[0], 0)
+
+
+def test_an_object_without_the_views_asked_for_gives_its_place_to_others(tmp_path) -> None:
+    write_views(tmp_path / "views", 4)
+    for number in range(4):
+        path = tmp_path / "views" / f"object-{number}_x" / "meta.json"
+        document = json.loads(path.read_text())
+        document["views"][0]["role"] = "reference"
+        if number == 2:
+            document["views"] = document["views"][:3]
+        path.write_text(json.dumps(document))
+    pack(tmp_path / "views", tmp_path / "shards", SHARD_MB, processes=1)
+    dataset = ViewDataset(str(tmp_path / "shards"), 8, 4, 0)
+    items = [dataset[position] for position in range(4)]
+    assert [list(item["damaged"]) for item in items if item["damaged"]] == [["object-2_x"]]
+    with pytest.raises(UserError, match=r"object object-\d_x: .*views"):
+        ViewDataset(str(tmp_path / "shards"), 8, 5, 0)[0]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_damage_on_a_server_is_skipped_and_mended_bytes_are_seen(packed: Path, tmp_path, cached: bool) -> None:
+    served = tmp_path / "served"
+    shutil.copytree(packed, served)
+    command = [sys.executable, str(Path(__file__).with_name("range_server.py")), str(served), "0"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = f"http://127.0.0.1:{int(process.stdout.readline())}/plain"
+            folder = ShardFolder(url, CacheConfig(str(tmp_path / "cache")) if cached else None)
+            dataset = ViewDataset(folder, 8, 1, 0)
+            shard = dataset.manifest.shards[0]
+            content = (served / shard.name).read_bytes()
+            for spoilt in (content[:100], content[:600] + b"!" + content[601:]):
+                (served / shard.name).write_bytes(spoilt)
+                with pytest.raises(DamagedSample, match=shard.name), dataset.open(0) as stored:
+                    stored.image(stored.meta["views"][0])
+            (served / shard.name).write_bytes(content)
+            with dataset.open(0) as stored:
+                assert stored.image(stored.meta["views"][0]).shape == (3, 8, 8)
+        finally:
+            process.kill()

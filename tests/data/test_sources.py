@@ -251,7 +251,7 @@ def test_a_server_without_ranges_is_named_and_not_downloaded_from(server: str) -
 
 @pytest.mark.parametrize("vice", ["busy", "half", "stall"])
 def test_what_passes_is_tried_again_and_then_named(server: str, vice: str, impatient, monkeypatch) -> None:
-    monkeypatch.setattr(sources, "SOCKET_S", 0.2)
+    monkeypatch.setattr(sources, "SOCKET_S", 1.0)
     sources._kept.connections = {}  # they have their time limits
     shards = ShardFolder(f"{server}/{vice}/3")
     assert shards.read("a.tar", 100, 5000) == CONTENT[100:5100]

@@ -46,7 +46,7 @@ def shards(tmp_path_factory) -> Path:
                           "elevation_deg": 10.0, "fov_deg": 40.0, "distance": 2.0})  # fmt: skip
         meta = {"uid": uid, "resolution": 8, "views": views}
         (folder / "views" / uid / "meta.json").write_text(json.dumps(meta))
-    pack(folder / "views", folder / "shards", shard_mb=0.007, processes=1)
+    pack(folder / "views", folder / "shards", shard_mb=0.038, processes=1)
     return folder / "shards"
 
 

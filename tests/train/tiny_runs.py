@@ -49,7 +49,7 @@ def begin(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2)
 def begun(tiny: Path, out: Path, *more: str) -> Ranks:
     """Two ranks, as soon as the first checkpoint is there."""
     run = begin(tiny, out, *more)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (out / "checkpoints" / "step_00000002").is_dir():
         assert time.monotonic() < deadline, f"no checkpoint appeared\n{run.stdout}{run.stderr}"
         time.sleep(0.05)
