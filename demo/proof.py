@@ -22,11 +22,11 @@ from data.files import UserError, atomic_file, read_json, write_json
 from data.progress import Progress
 from data.shards import decode_image
 from data.stream import composite, views_of
-from distill.metrics import psnr
 from distill.snapshot import load_result
 from distill.turntable import render_views, to_bytes
 from models.checkpoint import load_export
 from models.image_encoder import embed_image
+from models.image_metrics import psnr
 from models.sampling import sample_views
 from train.config import TrainConfig
 
@@ -174,8 +174,9 @@ def main() -> None:
     truth = load_truth(out / "views", training.data.image_size)
     if arguments.uid not in truth.uids:
         raise UserError(f"no rendered object is called {arguments.uid}; there are {', '.join(truth.uids)}")
-    checkpoint, views, guidance = out / "stage2" / "export", training.data.num_views, training.sample_guidance
-    sampled = sample_all(checkpoint, truth, views, guidance, training.sample_steps)
+    checkpoint, views, guidance = out / "stage2" / "export", training.data.num_views, training.validation.guidance
+    few = training.validation.sample_steps
+    sampled = sample_all(checkpoint, truth, views, guidance, few)
     many = sample_all(checkpoint, truth, views, guidance, MANY_STEPS)
     distilled = render_distilled(out / "distill", truth)
     pictures = out / "pictures"
@@ -184,9 +185,9 @@ def main() -> None:
         save_rows(pictures / "samples" / f"{uid}.png", [torch.cat([reference[None], views]), torch.cat([blank, real])])
     save_rows(pictures / "distilled.png", [distilled, truth.views[truth.uids.index(arguments.uid)]])
     proof = judge(truth, sampled, distilled, arguments.uid)
-    proof["sample_steps"] = training.sample_steps
+    proof["sample_steps"] = few
     proof["samples_margin_mean_db_by_steps"] = {
-        training.sample_steps: proof["samples_margin_mean_db"],
+        few: proof["samples_margin_mean_db"],
         MANY_STEPS: judge(truth, many, distilled, arguments.uid)["samples_margin_mean_db"],
     }
     write_json(out / "proof.json", proof)

@@ -62,12 +62,15 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  which its engine imports late, and torch's inductor with it
     import wandb  # noqa: F401
+    from deepspeed.comm.torch import build_shm_op
 
     import distill.sds  # noqa: F401
     import train.checkpoint_files  # DeepSpeed with it
     import train.loop  # noqa: F401
 
+    build_shm_op()
     os.chdir(ROOT)
     for line in sys.stdin:
         request = json.loads(line)

@@ -15,11 +15,10 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from data.files import UserError, content_mark, fsync_folder, read_json, write_json
 from data.shards import manifest_bytes, mark
@@ -28,6 +27,9 @@ from train.config import TrainConfig
 from train.engine import WeightAverage, all_agree
 from train.resharding import local_slices, read_slices, resharded
 from train.shard_history import SavedSpan, as_json
+
+if TYPE_CHECKING:  # it imports DeepSpeed, which reads the environment
+    from train.checkpoint_files import CheckpointFiles
 
 FORMAT = "isotropic3d-checkpoint/3"
 STATE_BYTES = 18  # a parameter: weight in bf16, and in fp32 its master, Adam's two moments and the running average
@@ -52,12 +54,9 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     Dotted keys, so that the first difference can be named.
     """
     free = {"name", "out", "resume", "wandb", "cpu", "dry_run", "dry_run_processes", "steps", "keep_checkpoints",
-            "max_skipped", "limits", "milestone_every", "micro_batch_size"}  # fmt: skip
-    settings = {
-        k: v
-        for k, v in asdict(config).items()
-        if k not in free and not k.startswith(("log_", "sample_", "checkpoint_"))
-    }
+            "max_skipped", "limits", "milestone_every", "micro_batch_size", "tryrun", "end_after",
+            "validation", "profile"}  # fmt: skip
+    settings = {k: v for k, v in asdict(config).items() if k not in free and not k.startswith(("log_", "checkpoint_"))}
     settings["data"] = settings["data"] | dict.fromkeys(("workers", "shards", "cache", "max_damaged", "on_change"))
     settings["lora"] = settings["lora"] if config.trainable == "lora" else None
     settings["steps"] = config.steps if config.optim.schedule == "cosine" else None
@@ -168,72 +167,109 @@ def damaged_files(path: Path, rank: int, world: int) -> list[str]:
     return wrong
 
 
-def save_checkpoint(
-    folder: Path,
-    engine: Any,
-    average: WeightAverage,
-    state: TrainState,
-    keep: int,
-    run: dict[str, Any],
-    milestone_every: int = 0,
-) -> bool:
-    """Every rank must call it; `run` is its `identity`.  The newest `keep` stay, and multiples of `milestone_every`.
+class Checkpoints:
+    """The checkpoints that a run writes; every rank has one and calls the same methods at the same steps.
 
-    False when it could not be written, as on a full disk: that is said, nothing of it stays, and the former checkpoints
-    do.
+    `begin` takes a copy of the state, a thread of each rank writes it, and `finish` makes it a checkpoint once all
+    ranks' threads are done.  Without `checkpoint_in_background`, `begin` does it all, without the copy.
     """
-    final = folder / f"step_{state.step:08d}"
-    temporary = folder / f".step_{state.step:08d}.tmp"
-    files = engine.checkpoint_engine
-    files.begin()
-    # Frozen weights are not saved: they come from where the run started.  ZeRO-3 holds shards.
-    trained = [p for p in engine.module.parameters() if p.requires_grad]
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
-    frozen = len(trained) < len(list(engine.module.parameters()))
-    megabytes = parameters * STATE_BYTES // 2**20
-    free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free // 2**20
-    if free <= megabytes:
-        files.errors.append(f"it needs about {megabytes} MiB and {free} MiB are free")
-    elif engine.global_rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        files.makedirs(str(temporary))
-    if not agreed(final, temporary, files.errors):
-        return False
-    engine.save_checkpoint(str(temporary), tag="engine", save_latest=False, exclude_frozen_parameters=frozen)
-    tensors = {f"{i:05d}": t for i, t in enumerate(average.average) if t is not None}
-    starts = {f"{i:05d}": str(place[0]) for i, place in enumerate(local_slices(engine)) if place is not None}
-    files.write(temporary / average_file(engine.global_rank), lambda path: save_file(tensors, path, starts))
-    written = {str(path.relative_to(temporary)): value for path, value in files.written.items()}
-    everyone: list[dict[str, str]] = [{}] * engine.world_size
-    dist.all_gather_object(everyone, written)
-    if not agreed(final, temporary, files.errors):
-        return False
-    if engine.global_rank == 0:
-        content = {
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Any,
+        average: WeightAverage,
+        identity: dict[str, Any],
+        config: TrainConfig,
+        saved: int,
+    ):
+        self.folder, self.engine, self.average, self.identity = folder, engine, average, identity
+        self.keep, self.milestone_every = config.keep_checkpoints, config.milestone_every
+        self.background = config.checkpoint_in_background
+        self.saved = saved  # step of the newest whole one
+        self.pending: dict[str, Any] | None = None  # state.json of the one that is being written
+        self.files: CheckpointFiles = engine.checkpoint_engine
+        if engine.global_rank == 0:
+            for left in folder.glob(".step_*.tmp"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self.files.writing
+
+    def begin(self, state: TrainState) -> None:
+        """Of the state as it is now.  One that could not be written is said, nothing of it stays, and the former do."""
+        self.finish()
+        final, temporary = self.paths(state.step)
+        self.files.begin(self.background)
+        # Frozen weights are not saved: they come from where the run started.  ZeRO-3 holds shards.
+        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+        frozen = len(trained) < len(list(self.engine.module.parameters()))
+        megabytes = parameters * STATE_BYTES // 2**20
+        free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free // 2**20
+        if free <= megabytes:
+            self.files.errors.append(f"it needs about {megabytes} MiB and {free} MiB are free")
+        elif self.engine.global_rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.files.makedirs(str(temporary))
+        if not agreed(final, temporary, self.files.errors):
+            return
+        self.engine.save_checkpoint(str(temporary), tag="engine", save_latest=False, exclude_frozen_parameters=frozen)
+        slices = local_slices(self.engine)
+        self.files.save_tensors(
+            {f"{i:05d}": t for i, t in enumerate(self.average.average) if t is not None},
+            temporary / average_file(self.engine.global_rank),
+            {f"{i:05d}": str(place[0]) for i, place in enumerate(slices) if place is not None},
+        )
+        self.pending = {
             "format": FORMAT,
             "step": state.step,
             "skipped": state.skipped,
             "seconds": state.seconds,
             "spans": as_json(state.spans),
-            "updates": average.updates,
-            "world_size": engine.world_size,
-            "zero_stage": engine.zero_optimization_stage(),
-            "identity": run,
-            "files": {name: value for one in everyone for name, value in one.items()},
+            "updates": self.average.updates,
+            "world_size": self.engine.world_size,
+            "zero_stage": self.engine.zero_optimization_stage(),
+            "identity": self.identity,
         }
-        try:
-            for inside in (temporary / "engine", temporary):
-                fsync_folder(inside)
-            write_json(temporary / "state.json", content)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            fsync_folder(folder)
-            for old in checkpoint_folders(folder)[:-keep]:
-                if milestone_every == 0 or step_of(old) % milestone_every > 0:
-                    shutil.rmtree(old)
-        except (OSError, UserError) as error:
-            files.errors.append(str(error))
-    return agreed(final, temporary, files.errors)
+        self.files.start()
+        if not self.background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for what `begin` began; the newest `keep_checkpoints` and the milestones stay.  Nothing without one."""
+        if self.pending is None:
+            return
+        content, self.pending = self.pending, None
+        final, temporary = self.paths(content["step"])
+        self.files.wait()
+        written = {str(path.relative_to(temporary)): value for path, value in self.files.written.items()}
+        everyone: list[dict[str, str]] = [{}] * self.engine.world_size
+        dist.all_gather_object(everyone, written)
+        if not agreed(final, temporary, self.files.errors):
+            return
+        if self.engine.global_rank == 0:
+            content["files"] = {name: value for one in everyone for name, value in one.items()}
+            try:
+                for inside in (temporary / "engine", temporary):
+                    fsync_folder(inside)
+                write_json(temporary / "state.json", content)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(temporary, final)
+                fsync_folder(self.folder)
+                for old in checkpoint_folders(self.folder)[: -self.keep]:
+                    if self.milestone_every == 0 or step_of(old) % self.milestone_every > 0:
+                        shutil.rmtree(old)
+            except (OSError, UserError) as error:
+                self.files.errors.append(str(error))
+        if agreed(final, temporary, self.files.errors):
+            self.saved = content["step"]
+
+    def paths(self, step: int) -> tuple[Path, Path]:
+        """Where the checkpoint will be, and where it is while it is written."""
+        return self.folder / f"step_{step:08d}", self.folder / f".step_{step:08d}.tmp"
 
 
 def agreed(final: Path, temporary: Path, errors: list[str]) -> bool:

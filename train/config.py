@@ -31,7 +31,7 @@ class DataConfig:
         check(self.on_change in ("refuse", "adopt"), f"data.on_change={self.on_change} must be refuse or adopt")
         check(self.workers >= 0, f"data.workers={self.workers} must not be negative")
         check(self.num_views >= 1, f"data.num_views={self.num_views} must be at least 1")
-        check(self.image_size >= 1, f"data.image_size={self.image_size} must be positive")
+        check(self.image_size >= 16, f"data.image_size={self.image_size} must be at least 16")
 
 
 @dataclass
@@ -109,6 +109,35 @@ class LimitsConfig:
 
 
 @dataclass
+class ValidationConfig:
+    shards: str | None = None  # of held-out objects; null: pictures of objects trained on, from views held out
+    every: int = 2000  # steps; 0: only at the end
+    loss_objects: int = 64  # held-out objects that the loss is measured on
+    sample_objects: int = 4  # those whose views are sampled, measured and shown
+    sample_steps: int = 50  # DDIM steps
+    guidance: float = 5.0
+
+    def __post_init__(self) -> None:
+        check(self.every >= 0, f"validation.every={self.every} must not be negative")
+        for name in ("loss_objects", "sample_objects", "sample_steps"):
+            check(getattr(self, name) >= 1, f"validation.{name}={getattr(self, name)} must be at least 1")
+        steps = self.sample_steps
+        check(steps < 1000, f"validation.sample_steps={steps} must be below the schedule's 1000")
+
+
+@dataclass
+class ProfileConfig:
+    """A window of steps whose work is recorded, for Perfetto or chrome://tracing."""
+
+    steps: int = 0  # how many; 0: none
+    after: int = 10  # steps of this start before it, so that compiling and warming up are not in it
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "after"):
+            check(getattr(self, name) >= 0, f"profile.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass
 class WandbConfig:
     mode: str = "offline"  # online, offline or disabled
     project: str = "isotropic3d"
@@ -141,6 +170,8 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)  # read with trainable=lora
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     steps: int = 60000  # optimizer steps
@@ -148,18 +179,18 @@ class TrainConfig:
     micro_batch_size: int = 8  # objects a forward pass on one process; the rest is accumulated
     precision: str = "auto"  # bf16, fp16, fp32, or auto: bf16 where the hardware multiplies in it
     gradient_checkpointing: bool = False
+    compile: str | None = None  # torch.compile's backend for the UNet, such as inductor; null: not compiled
     cpu: bool = False  # train on the CPU although there is a GPU
 
     log_every: int = 10  # steps
-    sample_every: int = 2000  # steps between grids of sampled views; 0: only at the end
-    sample_objects: int = 4
-    sample_steps: int = 50  # DDIM steps
-    sample_guidance: float = 5.0
     checkpoint_every: int = 1000
+    checkpoint_in_background: bool = True  # written while training goes on, from a copy in memory
     keep_checkpoints: int = 2  # newest ones
     milestone_every: int = 0  # steps; checkpoints at its multiples are kept for ever; 0: none
+    end_after: int = 0  # steps of this start, after which it saves and ends as if asked to, with exit code 75; 0: never
     max_skipped: int = 10  # steps in a row that may be left out because a gradient was not finite; more stop the run
 
+    tryrun: bool = False  # three steps, a checkpoint, a resume and a validation of this configuration, then stop
     dry_run: bool = False  # print size, FLOPs and memory without weights or data, then stop
     dry_run_processes: int = 0  # number of processes a dry run assumes; 0: as many as were launched
 
@@ -192,8 +223,6 @@ class TrainConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "max_skipped",
-            "sample_objects",
-            "sample_steps",
         ):
             value = getattr(self, name)
             check(value >= 1, f"{name}={value} must be at least 1")
@@ -202,7 +231,16 @@ class TrainConfig:
             self.model.ema.downscales is None or set(self.model.ema.downscales) <= set(levels),
             f"model.ema.downscales={self.model.ema.downscales} names resolutions that the UNet has not: {levels}",
         )
-        check(self.sample_steps < 1000, f"sample_steps={self.sample_steps} must be below the schedule's 1000")
+        check(
+            not (self.precision == "fp16" and self.deepspeed.zero_stage == 0),
+            "precision=fp16 with deepspeed.zero_stage=0: DeepSpeed keeps its fp32 weights there where no average of "
+            "them can be taken; set deepspeed=zero1",
+        )
+        check(
+            self.compile is None or self.deepspeed.zero_stage < 3,
+            "compile does not go with deepspeed.zero_stage=3, whose hooks break the graph; set compile=null, or a "
+            "lower stage",
+        )
         downscale = self.model.autoencoder.downscale
         blocks = 2 ** (len(self.model.unet.block_out_channels) - 1)
         check(

@@ -79,7 +79,8 @@ def deepspeed_config(config: TrainConfig, precision: str) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.optim.clip_norm,
+        # DeepSpeed's own for stage 0 in fp32 stumbles over a step that is left out; see `take_step`.
+        "gradient_clipping": 0.0 if clips_itself(config.deepspeed.zero_stage, precision) else config.optim.clip_norm,
         "zero_optimization": zero,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},  # the loss's scale is found as it goes
@@ -119,6 +120,8 @@ def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
     engine.checkpoint_engine = CheckpointFiles()
     engine._copy_recovery_script = lambda _: None  # a script beside the files, which could fail on one rank alone
     running = engine.zero_optimization_stage()
+    if config.compile is not None:
+        engine.module.compile(backend=config.compile)  # in place, so that no name of a weight changes
     if running != config.deepspeed.zero_stage:
         raise ConfigError(f"deepspeed.zero_stage={config.deepspeed.zero_stage}, but the engine runs stage {running}")
     return accelerator, engine
@@ -132,12 +135,19 @@ def all_agree(ok: bool, device: torch.device) -> bool:
     return bool(vote.item())
 
 
-def any_rank(yes: bool, device: torch.device) -> bool:
-    """True if one rank says so.  Collective."""
-    return not all_agree(not yes, device)
+def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
+    """Of each flag, whether one rank has it set.  Collective."""
+    votes = torch.tensor(flags, dtype=torch.int32, device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return [bool(vote) for vote in votes.tolist()]
 
 
-def take_step(engine: Any) -> bool:
+def clips_itself(zero_stage: int, precision: str) -> bool:
+    return zero_stage == 0 and precision == "fp32"
+
+
+def take_step(engine: Any, clip_norm: float) -> bool:
     """Counts a micro-batch; after the last one updates the weights.  False when the update was left out.
 
     That is so on all ranks when a gradient of one is not finite, since gradients are summed over ranks first; weights
@@ -145,8 +155,9 @@ def take_step(engine: Any) -> bool:
     """
     last = engine.is_gradient_accumulation_boundary()
     if last and not hasattr(engine.optimizer, "overflow"):
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        if not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+        norm = nn.utils.clip_grad_norm_(engine.module.parameters(), clip_norm)
+        engine._global_grad_norm = float(norm)  # what get_global_grad_norm says
+        if not norm.isfinite():
             engine.module.zero_grad(set_to_none=True)
             engine.step()  # has nothing to do but to count
             return False

@@ -16,9 +16,9 @@ from data.files import UserError, read_json, require_writable
 from models.checkpoint import MultiViewModel, save_export
 from train.checkpoints import FORMAT, average_file, checkpoint_folders, damaged_files, step_of
 from train.config import TrainConfig
-from train.loop import export_info
 from train.networks import empty_unet, frozen_parts, initial_unet, scheduler_of
 from train.resharding import read_slices
+from train.set_up import export_info
 from train.shard_history import read_saved, saved_spans
 from train.trainable import choose_trainable
 

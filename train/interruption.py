@@ -6,16 +6,12 @@ import os
 import signal
 from types import FrameType
 
-import torch
-
-from train.engine import any_rank
-
 REQUEUE = os.EX_TEMPFAIL  # 75: what a run exits with that has saved its state and wants to be started again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interruption:
-    """From its making on, the first of SIGNALS is noted instead of ending this process."""
+    """From its making on, one of SIGNALS is `noted` instead of ending this process."""
 
     def __init__(self) -> None:
         self.noted = False
@@ -23,10 +19,6 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.noted = True
-
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to end.  Collective."""
-        return any_rank(self.noted, device)
 
     def close(self) -> None:
         """Gives the signals their former meaning back."""

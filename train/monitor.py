@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.files import atomic_file
+from PIL import Image
+
+from data.files import UserError, atomic_file
 from train.config import TrainConfig
 
 
@@ -18,6 +22,7 @@ class Monitor:
         import wandb
 
         self.path = folder / "metrics.jsonl"
+        self.unwritten = ""
         drop_after(self.path, first_step)
         id_file = folder / "wandb_id"
         run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
@@ -41,13 +46,32 @@ class Monitor:
         self.run.define_metric("*", step_metric="global_step")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"global_step": step, **values}) + "\n")
+        self.unwritten += json.dumps({"global_step": step, **values}) + "\n"
+        self.write()
         self.run.log({"global_step": step, **values})
 
-    def image(self, step: int, name: str, path: Path, caption: str) -> None:
+    def write(self) -> None:
+        """Appends whole lines or nothing: a full disk must not end the run, and they are written when there is room."""
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with open(self.path, "a") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            print(f"warning: {self.path} cannot be written now: {error.strerror}", file=sys.stderr, flush=True)
+
+    def image(self, step: int, name: str, path: Path, picture: Image.Image, caption: str) -> None:
+        """Into the file `path` and W&B.  One that cannot be written is said."""
         import wandb
 
+        try:
+            with atomic_file(path) as temporary:
+                picture.save(temporary)
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+            return
         self.run.log({"global_step": step, name: wandb.Image(str(path), caption=caption)})
 
     def close(self) -> None:

@@ -17,6 +17,10 @@ def plan_or_train(config: TrainConfig) -> None:
         from train.dry_run import dry_run
 
         dry_run(config)
+    elif config.tryrun:
+        from train.try_run import try_run
+
+        try_run(config)
     else:
         config.accumulation  # noqa: B018  raises when the batch does not divide
         require_writable(config.out, needed_mb=64)

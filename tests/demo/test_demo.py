@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RENDER = ["resolution=32", "samples=1", "rings=1", "views_per_ring=4", "references=2", "eval_views=8", "limit=3",
           "names=[cactus,teddyBear,cupcake]"]  # fmt: skip
 TRAIN = ["steps=2", "batch_size=2", "micro_batch_size=1", "data.image_size=32", "model.autoencoder.latent_channels=8",
-         "model.unet.cross_attention_dim=8", "sample_steps=2", "sample_objects=1",
+         "model.unet.cross_attention_dim=8", "validation.sample_steps=2", "validation.sample_objects=1",
          "model.unet.block_out_channels=[32,64]", "model.unet.heads=[1,2]"]  # fmt: skip
 GENERATE = ["steps=3", "schedule.resolutions=[16,32]", "mesh.resolution=32", "turntable.frames=4", "turntable.size=32"]
 

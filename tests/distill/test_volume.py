@@ -8,9 +8,9 @@ from analytic_scenes import Ball, Snowman
 
 from data.cameras import camera_rays, orbit_camera
 from distill.field import Field, FieldConfig, FieldSamples
-from distill.metrics import psnr
 from distill.turntable import render_views, ring
 from distill.volume import OccupancyGrid, VolumeConfig, march, render, volume_weights
+from models.image_metrics import psnr
 
 
 def grid_of(scene: Ball, bound: float = 0.6, samples: int = 128, cells: int = 24) -> OccupancyGrid:

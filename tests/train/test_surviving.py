@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,9 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from data.shards import Manifest, open_sample, read_manifest
 from data.sources import ShardFolder
 from models.checkpoint import load_export
 from models.latents import MEMBER, pack_latents
+from train.checkpoints import checkpoint_folders, damaged_files, step_of
 
 
 def test_killed_and_resumed_equals_undisturbed(quiet, tiny, tmp_path) -> None:
@@ -168,3 +173,40 @@ def test_damaged_objects_are_counted_and_too_many_stop_the_run(tiny, tmp_path) -
     lines = (tmp_path / "missing" / "damaged.jsonl").read_text().splitlines()
     lost = next(shard.keys for shard in read_manifest(shards).shards if shard.name == "shard-000001.tar")
     assert [json.loads(line)["uid"] for line in lines] == lost
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_saves_and_not_the_run(quiet, tiny, tmp_path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", disk]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        out = disk / "stage1"
+        run = begun(tiny, out, "steps=60")
+        fill(disk / "filler")
+        wait_for(lambda: "could not be written" in run.stdout + run.stderr, run)
+        kept = checkpoint_folders(out / "checkpoints")
+        assert kept and not [wrong for path in kept for wrong in damaged_files(path, 0, 1)]
+        (disk / "filler").unlink()
+        assert run.wait().returncode == 0, run.stderr[-3000:]
+        assert [step for step, _ in losses(out)] == list(range(1, 61)) and losses(out)[:6] == losses(quiet)
+        assert (out / "export" / "isotropic3d.json").is_file()
+        assert [step_of(path) for path in checkpoint_folders(out / "checkpoints")] == [58, 60]
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(path: Path) -> None:
+    with open(path, "wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
+
+
+def wait_for(happened: Callable[[], bool], run: Run) -> None:
+    deadline = time.monotonic() + 400
+    while not happened():
+        assert time.monotonic() < deadline, run.stdout + run.stderr
+        time.sleep(0.05)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from warm import ROOT
 from warm import Run as Ranks
 
-from train import loop
+from train import set_up as setting_up
 from train.config import TrainConfig
-from train.loop import Run, watched
+from train.set_up import Run, watched
 
 
 def tiny_overrides(folder: Path) -> list[str]:
@@ -28,8 +28,8 @@ def tiny_overrides(folder: Path) -> list[str]:
         f"model.autoencoder.weights={folder}/parts/vae", "model.autoencoder.latent_channels=8",
         f"model.image_encoder.weights={folder}/parts/image_encoder", "model.unet.cross_attention_dim=8",
         "model.unet.block_out_channels=[32,64]", "model.unet.heads=[1,2]",
-        "batch_size=4", "micro_batch_size=2", "log_every=1", "checkpoint_every=2", "sample_objects=1",
-        "sample_steps=2", "steps=6",
+        "batch_size=4", "micro_batch_size=2", "log_every=1", "checkpoint_every=2",
+        "validation.sample_objects=1", "validation.sample_steps=2", "steps=6",
     ]  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def composed(stage: int, tiny: Path, out: Path, *more: str) -> TrainConfig:
 
 def set_up(config: TrainConfig) -> Run | None:
     with watched(config) as watchdog:
-        return loop.set_up(config, watchdog)
+        return setting_up.set_up(config, watchdog)
 
 
 def losses(out: Path) -> list[tuple[int, float]]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from distill.metrics import mean_over_views, psnr, ssim
+from models.image_metrics import mean_over_views, psnr, ssim
 
 
 def test_psnr() -> None:

@@ -1,0 +1,36 @@
+"""Steps of every engine on two real ranks, without data and without the UNet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from warm import Run
+
+ENGINES = [f"{stage} {kind}" for stage in range(4) for kind in ("fp32", "bf16", "fp16") if (stage, kind) != (0, "fp16")]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict[str, Any]]:
+    """Of each rank."""
+    folder = tmp_path_factory.mktemp("engines")
+    done = Run(["tests/train/step_script.py", str(folder)], 2, folder / "log").wait()
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(found, engine) -> None:
+    """Neither in the masters nor in Adam's moments, its count included: as if those batches had never come."""
+    stage, precision = engine.split()
+    for rank in found:
+        spoiled, quiet = rank[engine]["spoiled"], rank[engine]["quiet"]
+        kind = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision]
+        assert spoiled["running"] == [int(stage), f"torch.{kind}"]
+        assert spoiled["applied"] == [True, False, True, False, True] and quiet["applied"] == [True] * 3
+        assert spoiled["unchanged"] == [True, True]
+        assert spoiled["updates"] == quiet["updates"] == 3
+        assert spoiled["state"] == quiet["state"]
