@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,13 @@ class Damage:
         self.stop_beyond_share()
 
     def write(self, found: dict[str, str]) -> None:
-        if found:
+        if not found:
+            return
+        try:
             with open(self.path, "a") as file:
                 file.writelines(json.dumps({"uid": uid, "reason": reason}) + "\n" for uid, reason in found.items())
+        except OSError as error:  # a full disk must not end the run
+            print(f"warning: {self.path} cannot be written now: {error.strerror}", file=sys.stderr, flush=True)
 
     def note(self, damaged: dict[str, str]) -> None:
         """What this rank met."""
