@@ -28,6 +28,7 @@ class SmallConfig:
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "latent_channels", "embed_dim", "max_objects"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        check(self.embed_dim <= 192, f"embed_dim={self.embed_dim} must be at most 192, the width of the small encoder")
         check(
             self.image_size % self.patch_size == 0,
             f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}",

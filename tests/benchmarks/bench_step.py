@@ -29,6 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 LR, WEIGHT_DECAY, CLIP = 1e-4, 0.01, 1.0
+CONTEXT = 64  # width of the embedding
 
 
 def overrides(options: argparse.Namespace, folder: Path, world: int) -> list[str]:
@@ -38,7 +39,7 @@ def overrides(options: argparse.Namespace, folder: Path, world: int) -> list[str
         f"model.autoencoder.weights={folder}/parts/vae", f"model.image_encoder.weights={folder}/parts/image_encoder",
         "model.unet.from_scratch=true", f"model.unet.block_out_channels={channels}".replace(" ", ""),
         f"model.unet.heads={[max(c // 64, 1) for c in channels]}".replace(" ", ""),
-        "model.unet.cross_attention_dim=1024", f"batch_size={options.objects * world}",
+        f"model.unet.cross_attention_dim={CONTEXT}", f"batch_size={options.objects * world}",
         f"micro_batch_size={options.objects}", f"precision={options.precision}", "wandb.mode=disabled",
         "objective.single_view_probability=0", f"optim.lr={LR}", "optim.warmup_steps=1",
         f"gradient_checkpointing={str(options.checkpointing).lower()}", f"cpu={str(not options.cuda).lower()}",
@@ -54,11 +55,11 @@ def prepare(folder: Path) -> None:
 
     draw_views(folder / "views")
     pack(folder / "views", folder / "shards")
-    parts = [f"model.{key}.weights={folder}/parts/{name}"
+    parts = [f"{key}.weights={folder}/parts/{name}"
              for key, name in (("autoencoder", "vae"), ("image_encoder", "image_encoder"))]  # fmt: skip
     for words in (
         ["models/small.py", f"shards={folder}/shards", "image_size=256", "patch_size=8", "latent_channels=4",
-         "embed_dim=1024", f"out={folder}/parts"],
+         f"embed_dim={CONTEXT}", f"out={folder}/parts"],
         ["data/precompute.py", *parts, f"shards={folder}/shards", f"out={folder}/latents", "image_size=256"],
     ):  # fmt: skip
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -144,7 +145,7 @@ def bare(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], None],
     device = next(unet.parameters()).device
     b, v = options.objects, config.data.num_views
     x, target = torch.randn(2, b, v, 4, 32, 32, device=device)
-    timesteps, context = torch.full((b,), 500, device=device), torch.randn(b, 1, 1024, device=device)
+    timesteps, context = torch.full((b,), 500, device=device), torch.randn(b, 1, CONTEXT, device=device)
     camera = torch.randn(b, v, 16, device=device)
     masters = list(unet.parameters())
     if options.precision == "bf16":  # weights in bf16, masters and moments in fp32, as the engine has them
