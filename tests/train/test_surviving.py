@@ -175,6 +175,20 @@ def test_damaged_objects_are_counted_and_too_many_stop_the_run(tiny, tmp_path) -
     assert [json.loads(line)["uid"] for line in lines] == lost
 
 
+def test_a_shard_cut_short_while_training_runs(quiet, tiny, tmp_path) -> None:
+    """The rank whose turn it is meets it; its objects are named once, and both ranks go on to the end."""
+    shards, out = tmp_path / "shards", tmp_path / "stage1"
+    shutil.copytree(tiny / "shards", shards)
+    run = begun(tiny, out, f"data.shards={shards}", "data.max_damaged=0.5", "steps=30")
+    cut = read_manifest(shards).shards[-1]
+    os.truncate(shards / cut.name, 512)
+    assert run.wait().returncode == 0, run.stderr[-3000:]
+    named = [json.loads(line) for line in (out / "damaged.jsonl").read_text().splitlines()]
+    assert sorted(row["uid"] for row in named) == sorted(cut.keys) and cut.name in named[0]["reason"]
+    assert [step for step, _ in losses(out)] == list(range(1, 31)) and losses(out)[:2] == losses(quiet)[:2]
+    assert (out / "export" / "isotropic3d.json").is_file()
+
+
 @pytest.mark.slow
 def test_a_full_disk_ends_saves_and_not_the_run(quiet, tiny, tmp_path) -> None:
     disk = tmp_path / "disk"
