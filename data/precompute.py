@@ -18,6 +18,7 @@ from omegaconf import MISSING
 from conf.cli import check, run
 from data.files import UserError, read_json, require_writable, write_json
 from data.packing import sidecar
+from data.processes import die_with_parent
 from data.shards import Manifest, Shard
 from data.sources import CacheConfig, ShardFolder
 from models.config import AutoencoderConfig, ImageEncoderConfig, autoencoder_of, image_encoder_of
@@ -58,20 +59,20 @@ class Task:
 
 
 def main(config: PrecomputeConfig) -> None:
+    die_with_parent()
     out, folder = Path(config.out), ShardFolder(config.shards, config.cache)
     require_writable(out)
     # Imported here, so that --help and wrong values do not wait for them.
     import torch
 
     from data.packing import Packed, finished_shard, remove_temporary, write_manifest
-    from data.processes import die_with_parent, locked
+    from data.processes import locked
     from data.progress import Progress
     from data.shards import mark
     from data.stream import ViewDataset
     from models.autoencoder import downscale_of
     from models.latents import encoders_mark
 
-    die_with_parent()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dataset = ViewDataset(folder, config.image_size, 1, seed=0)
     if dataset.manifest.kind != "views":

@@ -25,6 +25,15 @@ def die_with_parent() -> None:
     """Asks Linux for SIGTERM when the parent ends, however it ends: a killed launcher leaves nobody working."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        # torchrun's launcher runs the Python that it starts; another parent has adopted what a killed one left.
+        if "TORCHELASTIC_RUN_ID" in os.environ and program(os.getppid()) != program(os.getpid()):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def program(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/exe")
+    return ""
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from data.files import UserError, atomic_file, read_json, require_writable
-from data.processes import die_with_parent
 from data.shards import Cameras
 from data.stream import Batch, ViewDataset, micro_batches
 from models.checkpoint import ExportInfo, MultiViewModel, read_info
@@ -105,7 +104,6 @@ def set_up(config: TrainConfig, watchdog: Watchdog) -> Run | None:
             "model.unet.weights is not set: this stage starts from a multi-view UNet, such as MVDream's in diffusers' "
             "format; give its folder, or model.unet.from_scratch=true"
         )
-    die_with_parent()
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
     last_state = newest_state(folder / "checkpoints")

@@ -2,11 +2,13 @@
 
 from conf.cli import run
 from data.files import require_writable
+from data.processes import die_with_parent
 from train.config import TrainConfig, with_parts_of_start
 
 
 def start(primary: str) -> None:
     """primary: the YAML below `conf/` that makes the stage, for instance "train/stage1"."""
+    die_with_parent()  # first of all: a launcher may be killed while its processes import torch
     run(TrainConfig, primary, plan_or_train)
 
 

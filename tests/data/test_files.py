@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -97,16 +96,23 @@ PARENT = (
 )
 
 
+LATE = "import os, subprocess as s, sys; p = s.Popen(['sh', '-c', 'sleep 1; exec ' + sys.executable + ' -c \"$0\"', "
+LATE += "sys.argv[1]], env=os.environ | {'TORCHELASTIC_RUN_ID': 'none'}); print(p.pid, flush=True); p.wait()"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_children_end_with_a_killed_parent() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(("starts", "when"), [(PARENT, "up\n"), (LATE, "")])
+def test_children_end_with_a_killed_parent(starts: str, when: str) -> None:
+    """Also where a launcher is killed before its process has asked for it."""
+    parent = subprocess.Popen([sys.executable, "-c", starts, CHILD], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
-    assert parent.stdout.readline() == "up\n"
+    assert not when or parent.stdout.readline() == when
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 20
     while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split(")")[1][:3]:
         assert time.monotonic() < deadline, f"process {child} outlived its parent"
         time.sleep(0.05)
-    assert os.getpid() != child
+    if not when:
+        assert parent.stdout.read() == "", "it went on to work"
