@@ -65,9 +65,12 @@ def what(pid: int) -> str:
 
 
 def run_killed(command: list[str], log: Path, chance: random.Random, between: tuple[float, float]) -> list[str]:
-    """Gives the command until it ends with 0; returns whom it killed."""
+    """Gives the command until it ends with 0; returns whom it killed.
+
+    The first kill comes after the first step, since DeepSpeed may have to compile before it, once on a machine.
+    """
     killed: list[str] = []
-    due = time.monotonic() + chance.uniform(*between)
+    due = float("inf")
     while True:
         with open(log, "a") as file:
             process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
@@ -80,6 +83,8 @@ def run_killed(command: list[str], log: Path, chance: random.Random, between: tu
                     os.kill(victim, signal.SIGKILL)
                     killed.append(name)
                     struck = True
+                due = time.monotonic() + chance.uniform(*between)
+            if due == float("inf") and "step/s" in log.read_text():
                 due = time.monotonic() + chance.uniform(*between)
             time.sleep(0.05)
         if process.returncode == 0:
