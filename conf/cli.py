@@ -38,7 +38,10 @@ def run(schema: type[T], primary: str, main: Callable[[T], None]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exceptions, to say them in one line with the remedy
 
     given = {argument.split("=")[0] for argument in sys.argv[1:]}
-    sys.argv[1:1] = [quiet for quiet in QUIET if quiet.split("=")[0] not in given]
+    # Behind the last override: argparse wants them in one piece, before or after --multirun and the like.
+    overrides = [n for n, argument in enumerate(sys.argv) if n and "=" in argument and not argument.startswith("-")]
+    behind = overrides[-1] + 1 if overrides else len(sys.argv)
+    sys.argv[behind:behind] = [quiet for quiet in QUIET if quiet.split("=")[0] not in given]
 
     def composed(cfg: DictConfig) -> None:
         try:

@@ -19,6 +19,7 @@ from data.files import UserError, require_writable
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # prctl(2)
+REQUEUE = os.EX_TEMPFAIL  # 75: a program's that has saved its state and wants to be started again
 
 
 def die_with_parent() -> None:

@@ -13,6 +13,7 @@ from conf.cli import check
 from distill.field import FieldConfig
 from distill.volume import VolumeConfig
 from models.config import ReferenceConfig
+from monitor.config import WandbConfig
 
 
 @dataclass
@@ -124,6 +125,8 @@ class GenerateConfig:
     checkpoint: str = MISSING  # export/ folder of a training run
     image: str = MISSING  # picture of the object; only its embedding is used
     out: str = MISSING  # folder for the results; a run found there is continued
+    name: str = "isotropic3d"  # of the pipeline, as its stages have it; W&B shows them together
+    wandb: WandbConfig = field(default_factory=lambda: WandbConfig(mode="disabled"))
     steps: int = 10_000  # (released)
     seed: int = 0
     device: str = "auto"  # auto takes a CUDA device where there is one

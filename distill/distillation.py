@@ -30,6 +30,9 @@ from distill.volume import Rendering, render
 from models.autoencoder import encode_images
 from models.checkpoint import MultiViewModel
 from models.multiview import predict_noise_output
+from monitor.monitor import Monitor
+
+LOG_EVERY = 10  # steps
 
 
 @dataclass
@@ -132,7 +135,14 @@ def distillation_loss(
     return losses, facts
 
 
-def distil(run: Run, model: MultiViewModel, context: Tensor, config: GenerateConfig, identity: str) -> int:
+def distil(
+    run: Run,
+    model: MultiViewModel,
+    context: Tensor,
+    config: GenerateConfig,
+    identity: str,
+    monitor: Monitor | None = None,
+) -> int:
     """Runs the steps that are left.  Returns the signal that cut them short, or 0.
 
     context (1, T, D).  Snapshots go to `config.out`; UserError when the loss is no number any more.
@@ -160,6 +170,8 @@ def distil(run: Run, model: MultiViewModel, context: Tensor, config: GenerateCon
             )
             run.step += 1
             progress.update(1, loss=f"{total.item():.3g}", opacity=f"{facts['opacity']:.3f}")
+            if monitor is not None and run.step % LOG_EVERY == 0:
+                monitor.log(run.step, {name: value for name, value in run.losses[-1].items() if name != "step"})
             if run.step % config.snapshot_every == 0:
                 save_snapshot(snapshot, run, identity)
         save_snapshot(snapshot, run, identity)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
-from data.files import atomic_file, require_writable, write_json
-from data.processes import locked
+from data.files import atomic_file, read_json, require_writable, write_json
+from data.processes import REQUEUE, locked
 from distill.config import GenerateConfig
 from distill.distillation import camera_ranges, distil
 from distill.mesh import extract_mesh, save_glb
@@ -20,6 +22,7 @@ from models.checkpoint import load_export, read_info
 from models.device import choose_device
 from models.image_encoder import embed_image
 from models.reference_image import load_reference_image
+from monitor.monitor import Monitor
 
 
 def image_to_mesh(config: GenerateConfig) -> None:
@@ -38,6 +41,10 @@ def image_to_mesh(config: GenerateConfig) -> None:
 def run_to_the_mesh(config: GenerateConfig, image: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
     """image (3, H, W) in [0, 1]; goes on from the snapshot in `config.out` if there is one."""
     began, out, checkpoint = time.monotonic(), Path(config.out), Path(config.checkpoint)
+    wanted = made_of(config)
+    if (out / "mesh.glb").is_file() and result_of(out) == wanted:
+        print(f"{out / 'mesh.glb'} is finished; nothing to do")
+        return
     model = load_export(checkpoint, device, dtype)
     run = new_run(config, device)
     mark = identity(config, checkpoint, Path(config.image))
@@ -51,11 +58,14 @@ def run_to_the_mesh(config: GenerateConfig, image: torch.Tensor, device: torch.d
     del image
     ready, first = time.monotonic(), run.step
 
-    stopped_by = distil(run, model, context, config, mark)
+    monitor = watch(config, run.step)
+    stopped_by = distil(run, model, context, config, mark, monitor)
     write_json(out / "losses.json", run.losses)
     distilled = time.monotonic()
-    if stopped_by in (signal.SIGTERM, signal.SIGUSR1):
-        raise SystemExit(128 + stopped_by)  # asked to leave the machine: the snapshot goes on elsewhere
+    if stopped_by in (signal.SIGTERM, signal.SIGUSR1):  # asked to leave the machine: the snapshot goes on elsewhere
+        if monitor is not None:
+            monitor.close()
+        raise SystemExit(REQUEUE)
 
     mesh, facts = extract_mesh(run.field, run.occupancy, config.mesh)
     save_glb(out / "mesh.glb", mesh)
@@ -68,6 +78,43 @@ def run_to_the_mesh(config: GenerateConfig, image: torch.Tensor, device: torch.d
         "mesh": meshed - distilled,
         "turntable": time.monotonic() - meshed,
     }
-    about = {"steps": run.step, "of": config.steps, "continued": continued, "device": str(device), "dtype": str(dtype)}
+    about = {
+        "made_of": wanted if run.step == config.steps else None,
+        "steps": run.step,
+        "of": config.steps,
+        "continued": continued,
+        "device": str(device),
+        "dtype": str(dtype),
+    }
     write_json(out / "result.json", about | {"mesh": facts, "seconds": {k: round(v, 3) for k, v in seconds.items()}})
     print(f"{out / 'mesh.glb'}: {facts['vertices']} vertices, {facts['faces']} faces; {run.step} steps")
+    if monitor is not None:
+        monitor.media(run.step, out / "turntable.mp4", out / "mesh.glb")
+        monitor.artifact(f"{config.name}-{out.name}", "mesh", str(out / "mesh.glb"), made=True, about=facts)
+        monitor.alert("finished", f"{out / 'mesh.glb'}")
+        monitor.close()
+
+
+def made_of(config: GenerateConfig) -> str:
+    """A hash of all that the mesh and the pictures of it depend on."""
+    mark = identity(config, Path(config.checkpoint), Path(config.image))
+    return hashlib.sha256(f"{mark} {config.mesh} {config.turntable}".encode()).hexdigest()
+
+
+def result_of(out: Path) -> str | None:
+    """What the finished result in `out` was made of; None where there is none."""
+    path = out / "result.json"
+    found = read_json(path, "result") if path.is_file() else None
+    return found.get("made_of") if isinstance(found, dict) else None
+
+
+def watch(config: GenerateConfig, step: int) -> Monitor | None:
+    """The W&B run of one mesh, which goes on from `step`."""
+    if config.wandb.mode == "disabled":
+        return None
+    out, start = Path(config.out), Path(config.checkpoint)
+    title = f"{config.name}-distill-{out.name}"
+    monitor = Monitor(out, config.wandb, config.name, "distill", asdict(config), step, title)
+    name = "-".join(start.resolve().parts[-3:-1]) or start.name
+    monitor.artifact(name, "checkpoint", str(start), made=False, about={})
+    return monitor

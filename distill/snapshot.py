@@ -20,7 +20,7 @@ from distill.field import Field
 from distill.volume import OccupancyGrid
 
 FILE = "snapshot/latest.safetensors"
-FREE_TO_CHANGE = ("checkpoint", "image", "out", "device", "snapshot_every", "mesh", "turntable")
+FREE_TO_CHANGE = ("checkpoint", "image", "out", "name", "wandb", "device", "snapshot_every", "mesh", "turntable")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from conf.cli import check
 from data.sources import CacheConfig
 from models.config import LoraConfig, ModelConfig, autoencoder_of, image_encoder_of
+from monitor.config import WandbConfig
 
 
 @dataclass
@@ -135,20 +136,6 @@ class ProfileConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "after"):
             check(getattr(self, name) >= 0, f"profile.{name}={getattr(self, name)} must not be negative")
-
-
-@dataclass
-class WandbConfig:
-    mode: str = "offline"  # online, offline or disabled
-    project: str = "isotropic3d"
-    entity: str | None = None
-    tags: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        check(
-            self.mode in ("online", "offline", "disabled"),
-            f"wandb.mode={self.mode} must be online, offline or disabled",
-        )
 
 
 @dataclass

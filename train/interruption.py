@@ -1,13 +1,22 @@
-"""Signals that ask a run to save and end, as preemption, time limits and Ctrl-C send them."""
+"""Why a run ends before its last step and wants to be started again: it was asked to, or another process is gone."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from types import FrameType
 
-REQUEUE = os.EX_TEMPFAIL  # 75: what a run exits with that has saved its state and wants to be started again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from data.processes import REQUEUE
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # of preemption, time limits and Ctrl-C
+# In what gloo, NCCL and torch's store say when the other end is gone.
+PEER_LOST = (
+    "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket closed",
+    "remote process exited", "recv, 0 bytes", "recvvalue failed", "timed out waiting", "wait timeout", "failed to recv",
+)  # fmt: skip
 
 
 class Interruption:
@@ -24,3 +33,22 @@ class Interruption:
         """Gives the signals their former meaning back."""
         for number, handler in self._former.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def peers_needed() -> Iterator[None]:
+    """SystemExit with REQUEUE where the block failed because another process of the run is gone.
+
+    That one, or its node, is what failed; this process has nothing to mend.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of which torch's own network errors are kinds
+        if not any(sign in str(error).lower() for sign in PEER_LOST):
+            raise
+        print(
+            f"error: rank {os.environ.get('RANK', '0')} has lost another process of the run "
+            f"({str(error).splitlines()[0][:200]}); the same command goes on from the last checkpoint",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        raise SystemExit(REQUEUE) from None

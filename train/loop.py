@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 from data.files import UserError
-from data.processes import locked
+from data.processes import REQUEUE, locked
 from data.progress import Progress
 from models.checkpoint import save_export
 from train.config import OptimConfig, TrainConfig
 from train.engine import any_rank, memory_explained, take_step
-from train.interruption import REQUEUE, Interruption
+from train.interruption import Interruption, peers_needed
 from train.objective import choose_branch, training_loss
 from train.profiling import profiled
 from train.set_up import Run, is_main, print_main, set_up, watched
@@ -30,10 +30,17 @@ def train(config: TrainConfig) -> None:
 
 
 def run_to_the_end(config: TrainConfig) -> None:
-    with memory_explained(config), watched(config) as watchdog:
+    with peers_needed(), memory_explained(config), watched(config) as watchdog:
         run = set_up(config, watchdog)
-        if run is not None:
+        if run is None:
+            return
+        try:
             run_steps(run)
+        except UserError as error:
+            alert(run, "stopped", str(error), "ERROR")
+            if run.monitor is not None:
+                run.monitor.close(status=2)
+            raise
 
 
 def run_steps(run: Run) -> None:
@@ -105,7 +112,8 @@ def optimize(run: Run) -> bool:
         updated = take_step(engine, config.optim.clip_norm)
         of_objects.append((batch.keys, loss.detach(), timesteps))
     if not updated:
-        run.skips.note(state, [(keys, loss) for keys, loss, _ in of_objects])
+        words = run.skips.note(state, [(keys, loss) for keys, loss, _ in of_objects])
+        alert(run, "a step was left out", words, "WARN")
         return False
     for _, losses, timesteps in of_objects:
         run.meter.add(branch, losses, timesteps)
@@ -126,12 +134,16 @@ def save(run: Run, wait: bool) -> None:
 
 def end_early(run: Run) -> None:
     """Exits with REQUEUE.  Collective."""
+    words = f"asked to end; saved at step {run.checkpoints.saved}, and the same command goes on from there"
+    alert(run, "asked to end", words)
     close(run)
-    print_main(
-        f"stage {run.config.stage}: asked to end; saved at step {run.checkpoints.saved}, and the same command goes on "
-        "from there"
-    )
+    print_main(f"stage {run.config.stage}: {words}")
     raise SystemExit(REQUEUE)
+
+
+def alert(run: Run, title: str, words: str, level: str = "INFO") -> None:
+    if run.monitor is not None:
+        run.monitor.alert(title, words, level)
 
 
 def close(run: Run) -> None:
@@ -191,7 +203,7 @@ def validate(run: Run) -> None:
         run.model.unet.to("cpu")
         kind = "samples" if run.held_out is None else "validation"
         run.monitor.log(step, {f"{kind}/{name}": value for name, value in (values | figures).items()})
-        run.monitor.image(step, kind, path, picture, "reference, then sampled views over ground truth")
+        run.monitor.picture(step, kind, path, picture)  # reference, then sampled views over ground truth
     dist.barrier()
 
 
@@ -201,5 +213,9 @@ def export(run: Run) -> None:
     fill_averaged_weights(run)
     if run.is_main:
         save_export(run.folder / "export", run.model)
+        assert run.monitor is not None
+        name = f"{run.config.name}-stage{run.config.stage}"
+        run.monitor.artifact(name, "checkpoint", str(run.folder / "export"), True, {"step": run.state.step})
+        alert(run, "finished", f"step {run.state.step}; {run.folder / 'export'}")
         print(f"stage {run.config.stage}: exported {run.folder / 'export'}", flush=True)
     dist.barrier()

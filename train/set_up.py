@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from data.stream import Batch, ViewDataset, micro_batches
 from models.checkpoint import ExportInfo, MultiViewModel, read_info
 from models.image_encoder import ClipImageEncoder, count_tokens
 from models.latents import encoders_mark
+from monitor.monitor import Monitor
 from train.checkpoints import (
     STATE_BYTES,
     Checkpoints,
@@ -34,7 +35,6 @@ from train.config import TrainConfig
 from train.engine import WeightAverage, build_engine, prepare_environment, resolve_precision
 from train.flops import flops_of_branches, peak_flops
 from train.meter import Meter
-from train.monitor import Monitor
 from train.networks import empty_unet, frozen_parts, initial_unet, scheduler_of
 from train.objective import Encoders
 from train.shard_history import Damage, open_dataset
@@ -165,8 +165,19 @@ def set_up(config: TrainConfig, watchdog: Watchdog) -> Run | None:
             flops_of_branches(config, count_tokens(model.image_encoder)),
             peak_flops(engine.device, resolve_precision(config.precision)),
         ),
-        monitor=Monitor(config, folder, state.step) if is_main() else None,
+        monitor=watch(config, folder, state.step, marks) if is_main() else None,
     )
+
+
+def watch(config: TrainConfig, folder: Path, step: int, marks: dict[str, Any]) -> Monitor:
+    """Of a run that goes on from `step`, with what it is made from."""
+    monitor = Monitor(folder, config.wandb, config.name, f"stage{config.stage}", asdict(config), step)
+    shards = Path(config.data.shards).name
+    monitor.artifact(shards, "shards", config.data.shards, made=False, about={"manifest": marks["data.shards"]})
+    if config.init_from is not None:
+        start = Path(config.init_from)
+        monitor.artifact("-".join(start.parts[-3:-1]) or start.name, "checkpoint", str(start), made=False, about={})
+    return monitor
 
 
 def require_one_manifest(read: str, before: str) -> None:

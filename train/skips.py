@@ -17,10 +17,10 @@ class Skips:
     def __init__(self, most: int):
         self.most, self.in_a_row = most, 0
 
-    def note(self, state: TrainState, losses: list[tuple[list[str], torch.Tensor]]) -> None:
+    def note(self, state: TrainState, losses: list[tuple[list[str], torch.Tensor]]) -> str:
         """A batch that left no step.  losses: of this rank's micro-batches, the objects and the loss of each.
 
-        Collective; UserError on every rank when there were more than `most` in a row.
+        Returns what happened, in words.  Collective; UserError on every rank when there were more than `most` in a row.
         """
         state.skipped += 1
         self.in_a_row += 1
@@ -37,3 +37,4 @@ class Skips:
             )
         if dist.get_rank() == 0:
             print(f"warning: {words}; weights, averages and schedule stay as they were", flush=True)
+        return words

@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.processes import die_with_parent
+from data.processes import REQUEUE, die_with_parent
 from train.config import TrainConfig
-from train.interruption import REQUEUE
 
 STEPS, FIRST = 3, 2
 

@@ -92,5 +92,5 @@ def test_errors_are_one_line_with_the_remedy(overrides, words, tmp_path) -> None
 def test_help_lists_the_keys() -> None:
     done = command("--help")
     assert done.returncode == 0
-    for key in ("condition_dropout", "zero_stage", "experiment: demo, paper"):
+    for key in ("condition_dropout", "zero_stage", "experiment: demo, embedding_size, paper"):
         assert key in done.stdout

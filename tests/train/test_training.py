@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import ROOT, composed, losses, set_up, train, weights_hash
-from wandb.proto import wandb_internal_pb2
 
 from data.files import UserError
 from data.packing import pack
 from models.checkpoint import load_export
 from models.image_encoder import load_image_encoder_folder
+from monitor.wandb_file import history, records
 from train.exporting import ExportConfig, export_checkpoint
 from train.networks import initial_unet
 
@@ -35,43 +33,21 @@ def test_a_run_leaves_what_it_promises(quiet) -> None:
     assert state["world_size"] == 2 and state["zero_stage"] == 2
 
 
-def wandb_records(content: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file: LevelDB's log format behind 7 bytes of header.
-
-    Blocks of 32 KiB hold pieces (checksum 4, length 2, kind 1: whole, first, middle, last) and no piece spans two.
-    """
-    assert content[:4] == b":W&B"
-    position, parts = 7, []
-    while position + 7 <= len(content):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        length, kind = struct.unpack_from("<HB", content, position + 4)
-        parts.append(content[position + 7 : position + 7 + length])
-        position += 7 + length
-        if kind in (1, 4):
-            yield b"".join(parts)
-            parts = []
-
-
 def test_wandb_holds_every_step_once(quiet) -> None:
     """Read back from the offline file, with W&B's own message types."""
     (path,) = (quiet / "wandb").glob("offline-run-*/run-*.wandb")
-    steps, keys, configured = [], set(), False
-    for data in wandb_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "run":
-            assert record.run.run_id == (quiet / "wandb_id").read_text().strip()
-            configured = any(item.key == "optim" for item in record.run.config.update)
-        if record.WhichOneof("record_type") == "history":
-            row = {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
-            keys |= set(row)
-            if "loss" in row:
-                steps.append(row["global_step"])
-    assert steps == [1, 2, 3, 4, 5, 6] and configured
-    assert {"loss", "lr", "images_per_s", "samples/psnr"} <= keys
+    kinds = [record.WhichOneof("record_type") for record in records(path)]
+    (run,) = (record.run for record in records(path) if record.WhichOneof("record_type") == "run")
+    assert run.run_id == (quiet / "wandb_id").read_text().strip()
+    assert run.run_group == "demo" and run.job_type == "stage1"
+    configured = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert configured["optim"]["lr"] == 0.0015 and "commit" in configured["git"]
+    rows = list(history(path))
+    assert [row["global_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    names = {"loss", "optimizer/lr", "throughput/images_per_s", "throughput/data_wait_share", "memory/memory_gib"}
+    assert names <= set(rows[0]) and {"samples/psnr", "samples/_type"} & set(rows[-1])
     assert list((path.parent / "files" / "media" / "images").glob("samples_*.png"))
+    assert kinds.count("artifact") == 1 and kinds.count("alert") == 1, "the export; that the run is finished"
 
 
 def test_stage_2_starts_from_stage_1(quiet, tiny, tmp_path) -> None:

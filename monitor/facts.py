@@ -1,0 +1,27 @@
+"""Where a run comes from, for its configuration in W&B.  The same each time that it starts again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# What does not change when a job is requeued.
+SLURM = ("JOB_ID", "JOB_NAME", "JOB_PARTITION", "JOB_ACCOUNT", "JOB_NUM_NODES", "ARRAY_JOB_ID", "CLUSTER_NAME")
+
+
+def git_state() -> dict[str, str | bool]:
+    """Commit, and whether files differ from it; {} outside of a repository."""
+    try:
+        commit, changed = (
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": commit.strip(), "changed": bool(changed.strip())}
+
+
+def slurm_facts() -> dict[str, str]:
+    return {name.lower(): os.environ[f"SLURM_{name}"] for name in SLURM if f"SLURM_{name}" in os.environ}
