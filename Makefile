@@ -1,9 +1,10 @@
 # The Python environment lives in .venv, Blender's own in .venv-blender (bpy wants numpy < 2).
 PYTHON ?= python3
 BIN := .venv/bin
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 BLENDER_PACKAGES := libegl1 libgl1 libxi6 libxxf86vm1 libxfixes3 libxkbcommon0 libsm6 libxrender1
 
-.PHONY: help install system blender demo test check bench clean
+.PHONY: help install system blender demo test check doctor bench clean
 help:
 	@grep -hE '^## ' $(MAKEFILE_LIST) | sed 's/^## //'
 
@@ -30,8 +31,9 @@ demo: system
 	@$(MAKE) --no-print-directory -j2 install blender
 	$(BIN)/python demo/run.py
 
-## make test      all tests that need no GPU
-test: system
+## make test      all tests that need no GPU; among them some on a SLURM cluster of this machine alone
+test:
+	@sh demo/system_packages.sh $(PYTHON) $(BLENDER_PACKAGES) $(SLURM_PACKAGES)
 	@$(MAKE) --no-print-directory -j2 install blender
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
 
@@ -39,8 +41,13 @@ test: system
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy conf data models train distill demo
+	$(BIN)/mypy conf data models train distill monitor demo doctor
+	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch slurm/site.env demo/*.sh
 	$(BIN)/python -m pytest -m "not gpu and not slow" -q
+
+## make doctor    what this machine has and lacks, with remedies
+doctor: install
+	@$(BIN)/python doctor/run.py
 
 ## make bench     ratios against named baselines, measured in one run
 bench: install

@@ -4,6 +4,7 @@ set -eu
 wanted=3.11
 # `blender --version` begins with "Blender 4.2.1".
 version=$(blender --version 2>/dev/null | sed -n 's/^Blender \([0-9]*\)\.\([0-9]*\).*/\1 \2/p' | head -n 1)
+# shellcheck disable=SC2086  # two words, for two numbers
 if [ -n "$version" ] && [ "$(printf '%d%02d' $version)" -ge 402 ]; then
   mkdir -p .venv-blender && touch .venv-blender/.installed
   echo "using $(command -v blender)"

@@ -31,6 +31,7 @@ fi
 echo "installing system packages: $missing"
 export DEBIAN_FRONTEND=noninteractive
 # Debian and Ubuntu renamed a few (libgl1 is stable); install what exists, say what does not.
+# shellcheck disable=SC2086  # one word a package
 $sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null 2>&1 ||
   { $sudo apt-get update -qq && $sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null; } ||
   echo "note: apt-get could not install all of:$missing" >&2

@@ -24,9 +24,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, world: int, nodes: int, port: int) -> dict[str, str]:
+    local = world // nodes
     return {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "RANK": str(rank), "LOCAL_RANK": str(rank % local), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(local),
         "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no",
         "ACCELERATE_CONFIG_DS_FIELDS": "none",
@@ -40,7 +41,7 @@ def become(request: dict[str, Any], rank: int, port: int) -> None:
         os.dup2(descriptor, number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if request["processes"] > 1:
-        os.environ |= rank_environment(rank, request["processes"], port)
+        os.environ |= rank_environment(rank, request["processes"], request["nodes"], port)
         import torch
 
         torch.set_num_threads(1)
@@ -61,7 +62,9 @@ def become(request: dict[str, Any], rank: int, port: int) -> None:
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print
-    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    # The PATH that training has: another ninja would compile DeepSpeed's op again, and the next run once more.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PATH": path}
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  which its engine imports late, and torch's inductor with it
     import wandb  # noqa: F401
     from deepspeed.comm.torch import build_shm_op
@@ -111,9 +114,9 @@ def server() -> subprocess.Popen[str]:
 
 
 class Run:
-    """A script that runs; `ranks` are its processes. One at a time."""
+    """A script that runs; `ranks` are its processes, which believe themselves on so many nodes. One at a time."""
 
-    def __init__(self, words: list[str], processes: int, out: Path) -> None:
+    def __init__(self, words: list[str], processes: int, out: Path, nodes: int = 1) -> None:
         self.out = out
         out.mkdir(parents=True, exist_ok=True)
         paths = {name: str(out / name) for name in ("stdout", "stderr")}
@@ -121,7 +124,7 @@ class Run:
             Path(path).write_text("")
         process = server()
         assert process.stdin is not None
-        process.stdin.write(json.dumps({"words": words, "processes": processes, **paths}) + "\n")
+        process.stdin.write(json.dumps({"words": words, "processes": processes, "nodes": nodes, **paths}) + "\n")
         self.ranks = json.loads(self._line(400))
         self.returncode: int | None = None
 

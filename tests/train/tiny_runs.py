@@ -41,9 +41,10 @@ def launch(stage: int, processes: int) -> list[str]:
     ]  # fmt: skip
 
 
-def begin(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2) -> Ranks:
+def begin(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2, nodes: int = 1) -> Ranks:
     words = [f"train/stage{stage}.py", *tiny_overrides(tiny), f"out={out}", *more]
-    return Ranks(words, processes, next(f for n in count() if not (f := out.parent / f"log-{out.name}-{n}").exists()))
+    log = next(f for n in count() if not (f := out.parent / f"log-{out.name}-{n}").exists())
+    return Ranks(words, processes, log, nodes)
 
 
 def begun(tiny: Path, out: Path, *more: str) -> Ranks:
@@ -56,8 +57,8 @@ def begun(tiny: Path, out: Path, *more: str) -> Ranks:
     return run
 
 
-def train(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2) -> Ranks:
-    return begin(tiny, out, *more, stage=stage, processes=processes).wait()
+def train(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2, nodes: int = 1) -> Ranks:
+    return begin(tiny, out, *more, stage=stage, processes=processes, nodes=nodes).wait()
 
 
 def composed(stage: int, tiny: Path, out: Path, *more: str) -> TrainConfig:

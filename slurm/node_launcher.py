@@ -1,0 +1,53 @@
+"""What srun starts on each node: `accelerate launch`, with signals and statuses as a scheduler wants them.
+
+    python slurm/node_launcher.py ACCELERATE_LAUNCH_ARGUMENTS train/stage1.py [key=value ...]
+
+`accelerate launch` itself gives its processes 30 seconds after SIGTERM, knows no SIGUSR1, and ends with 1 whatever
+they ended with.  Here SIGUSR1 and SIGTERM reach the processes as SIGUSR1, which have as long as they need to save; the
+status is 0, REQUEUE when they want to be started again, and above 100 when one failed: srun reports the highest of its
+tasks', so that a failure on one node outranks the others, which have lost that node and want to go on.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+
+import psutil
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.processes import REQUEUE
+
+
+def hand_on(number: int, frame: FrameType | None) -> None:
+    """SIGUSR1 to the processes.  One that is still starting has nothing to save and ends by it."""
+    for child in psutil.Process().children():
+        child.send_signal(signal.SIGUSR1)
+
+
+def status_of(exitcodes: Iterable[int]) -> int:
+    """Of this node's processes.  exitcodes: as Popen has them, -N for signal N; SIGTERM is the launcher's own."""
+    wishes = (REQUEUE, -signal.SIGUSR1, -signal.SIGTERM)
+    own = [128 - code if code < 0 else 100 + min(code, 27) for code in exitcodes if code not in wishes]
+    return max(own, default=REQUEUE)
+
+
+def main() -> None:
+    arguments = launch_command_parser().parse_args()
+    arguments.signals_to_handle = "SIGQUIT"  # the rest are ours
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, hand_on)
+    try:
+        launch_command(arguments)
+    except ChildFailedError as error:
+        raise SystemExit(status_of(failure.exitcode for failure in error.failures.values())) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Jobs on the test cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--gpus-per-node=0", "--cpus-per-task=2", "--time=30"]
+
+
+@dataclass
+class Job:
+    cluster: Cluster
+    number: str
+    log: Path
+
+    def words(self) -> str:
+        return self.log.read_text() if self.log.is_file() else ""
+
+    def fact(self, name: str) -> str:
+        found = re.search(rf"\b{name}=(\S+)", self.cluster.call("scontrol", "show", "job", self.number))
+        assert found, name
+        return found[1]
+
+    def until(self, happened: Callable[[], object], limit: float = 400) -> None:
+        deadline = time.monotonic() + limit
+        while not happened():
+            assert time.monotonic() < deadline, f"{self.cluster.call('squeue')}\n{self.words()[-5000:]}"
+            time.sleep(0.2)
+
+    def end(self, limit: float = 600) -> str:
+        """Its state and exit status, when it has come to an end, as in COMPLETED 0:0."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+        self.until(lambda: self.fact("JobState") in over, limit)
+        return f"{self.fact('JobState')} {self.fact('ExitCode')}"
+
+    def warn(self) -> None:
+        """As the scheduler does some time before the limit (#SBATCH --signal=B:USR1@...)."""
+        self.cluster.call("scancel", "--batch", "--signal=USR1", self.number)
+
+
+@dataclass
+class Cluster:
+    base: Path
+    environment: dict[str, str]
+
+    def call(self, *words: str, **more: str) -> str:
+        done = subprocess.run(
+            words, cwd=ROOT, env=self.environment | more, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+        return done.stdout
+
+    def submit(self, folder: Path, *words: str, **more: str) -> Job:
+        """sbatch WORDS from the repository's root, its log in `folder`."""
+        return self.job(folder, self.call("sbatch", "--parsable", f"--output={folder}/%j.out", *words, **more).strip())
+
+    def job(self, folder: Path, number: str) -> Job:
+        return Job(self, number, folder / f"{number}.out")
+
+    def kill_node(self, name: str) -> None:
+        """SIGKILL of the node's daemon: the controller finds it gone."""
+        os.kill(int((self.base / f"slurmd.{name}.pid").read_text()), signal.SIGKILL)
+
+    def start_node(self, name: str) -> None:
+        self.call("bash", "slurm/local-cluster.sh", "node-up", name)

@@ -1,0 +1,79 @@
+"""The batch scripts on a real cluster: requeued, a node lost, two at once, cancelled, failing."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from cluster import SMALL, Cluster
+from tiny_runs import losses, tiny_overrides, train, weights_hash
+
+from monitor.wandb_file import history
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_after_a_warning_and_a_lost_node(cluster: Cluster, tiny, tmp_path) -> None:
+    """Two nodes, ZeRO-2 across them.  The same losses and weights as on one machine without disturbance."""
+    length = ["steps=120", "checkpoint_every=10"]
+    assert train(tiny, tmp_path / "quiet", *length, nodes=2).returncode == 0
+    out = tmp_path / "run"
+    job = cluster.submit(
+        tmp_path, "--nodes=2", *SMALL, "slurm/stage1.sbatch", *tiny_overrides(tiny), f"out={out}", *length
+    )
+    job.until((out / "checkpoints" / "step_00000010").exists)
+    job.warn()
+    job.until(lambda: "going on from" in job.words())
+    assert "saved, and requeued (time 1 of at most 20)" in job.words()
+    steps = len(losses(out))
+    job.until(lambda: len(losses(out)) > steps + 3)
+    cluster.kill_node("node2")
+    job.until(lambda: int(job.fact("Restarts")) == 2)
+    cluster.start_node("node2")
+    assert job.end() == "COMPLETED 0:0"
+    assert losses(out) == losses(tmp_path / "quiet") and weights_hash(out) == weights_hash(tmp_path / "quiet")
+    # Two where the last step was taken before the node was missed.
+    files = sorted(out.glob("wandb/offline-run-*/*.wandb"))
+    rows = [row for path in files for row in history(path)]
+    assert len(files) in (2, 3) and [row["global_step"] for row in rows] == list(range(1, 121))
+    assert {f"loss/{branch}" for branch in ("single", "multi")} <= {name for row in rows for name in row}
+    assert "samples/psnr" in rows[-1] and len({path.name for path in files}) == 1
+
+
+@pytest.mark.slow
+def test_two_jobs_at_once_and_one_is_cancelled(cluster: Cluster, tiny, tmp_path) -> None:
+    given = [*SMALL, "slurm/stage1.sbatch", *tiny_overrides(tiny)]
+    jobs = [
+        cluster.submit(tmp_path, *given, f"out={tmp_path}/run{number}", more)
+        for number, more in enumerate(["steps=6", "steps=100000"])
+    ]
+    assert jobs[0].end() == "COMPLETED 0:0"
+    jobs[1].until(lambda: "step/s" in jobs[1].words())
+    cluster.call("scancel", jobs[1].number)
+    assert jobs[1].end().startswith("CANCELLED")
+    assert "requeued" not in jobs[1].words()
+    ports = [re.findall(r"--main_process_port (\d+)", job.words()) for job in jobs]
+    assert len(ports[0]) == len(ports[1]) == 1 and ports[0] != ports[1]
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_for_its_own_reason_ends(cluster: Cluster, tiny, tmp_path) -> None:
+    wrong = [*tiny_overrides(tiny), f"out={tmp_path}/run", "optim.lrr=1"]
+    job = cluster.submit(tmp_path, "--nodes=2", *SMALL, "slurm/stage1.sbatch", *wrong)
+    waiting = cluster.call("sbatch", "--parsable", f"--dependency=afterok:{job.number}", "--wrap=true").strip()
+    assert job.end() == "FAILED 102:0"
+    assert "unknown key optim.lrr; the nearest known key is optim.lr" in job.words()
+    assert job.fact("Restarts") == "0" and "requeued" not in job.words()
+    assert f"what waits for it does not start: {waiting}" in job.words()
+    cluster.call("scancel", waiting)
+
+
+@pytest.mark.slow
+def test_at_most_so_many_requeues(cluster: Cluster, tiny, tmp_path) -> None:
+    given = [*tiny_overrides(tiny), f"out={tmp_path}/run", "end_after=2"]  # asks to end by itself, after two steps
+    job = cluster.submit(tmp_path, *SMALL, "slurm/stage1.sbatch", *given, MAX_REQUEUES="1")
+    assert job.end() == "FAILED 75:0"
+    assert job.fact("Restarts") == "1" and "was requeued 1 times, and MAX_REQUEUES=1" in job.words()
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len({row["global_step"] for row in rows}) == 4
