@@ -60,6 +60,8 @@ def what(pid: int) -> str:
     words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     if any(b"accelerate" in word for word in words):
         return "the launcher"
+    if any(b"wandb" in word for word in words[:1]):
+        return "W&B's process"
     rank = re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes())
     return f"rank {rank[1].decode()}" if rank else "a helper process"
 
