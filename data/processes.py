@@ -22,13 +22,13 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 REQUEUE = os.EX_TEMPFAIL  # 75: a program's that has saved its state and wants to be started again
 
 
-def die_with_parent() -> None:
-    """Asks Linux for SIGTERM when the parent ends, however it ends: a killed launcher leaves nobody working."""
+def die_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
+    """Asks Linux for a signal when the parent ends, however it ends: a killed launcher leaves nobody working."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
         # torchrun's launcher runs the Python that it starts; another parent has adopted what a killed one left.
         if "TORCHELASTIC_RUN_ID" in os.environ and program(os.getppid()) != program(os.getpid()):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), by)
 
 
 def program(pid: int) -> str:

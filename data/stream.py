@@ -10,6 +10,7 @@ Shapes: B objects, V views, R references, H W pixels, C latent channels, h w lat
 from __future__ import annotations
 
 import contextlib
+import signal
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.files import UserError
+from data.processes import die_with_parent
 from data.shards import (
     DamagedSample,
     Manifest,
@@ -304,6 +306,13 @@ def collate(items: list[dict[str, Any]]) -> Batch:
     )
 
 
+def leave_signals(worker: int) -> None:
+    """In a data worker: a signal to the whole job is the main process's, which ends the workers; so does its death."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent(signal.SIGKILL)
+
+
 def micro_batches(
     dataset: ViewDataset, batch_size: int, micro_batch_size: int, rank: int, world: int, first_step: int, workers: int
 ) -> Iterator[Batch]:
@@ -314,6 +323,7 @@ def micro_batches(
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=leave_signals,
         prefetch_factor=4 if workers else None,
     )
     return iter(loader)

@@ -38,7 +38,7 @@ def pieces(content: bytes) -> Iterator[bytes]:
 
 def records(path: Path) -> Iterator[Any]:
     from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     for content in pieces(path.read_bytes()):
         record = Record()

@@ -15,7 +15,6 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,6 +40,7 @@ class CheckpointFiles(CheckpointEngine):
         self.errors: list[str] = []
         self.written: dict[Path, str] = {}  # path: its SHA-256
         self.later: list[Callable[[], None]] = []
+        self.handed_in: set[Path] = set()
 
     def start(self) -> None:
         """Lets the thread begin with what was handed in."""
@@ -57,8 +57,12 @@ class CheckpointFiles(CheckpointEngine):
         return self.thread is not None and self.thread.is_alive()
 
     def wait(self) -> None:
+        """For the thread; what it has not written is an error."""
         if self.thread is not None:
             self.thread.join()
+        lacking = sorted(self.handed_in - self.written.keys())
+        if lacking and not self.errors:
+            self.errors.append(f"{lacking[0]} was not written")
 
     def write(self, path: Path, save: Callable[[str], None]) -> None:
         """save(path), then fsync and hash."""
@@ -67,8 +71,8 @@ class CheckpointFiles(CheckpointEngine):
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
                 self.written[path] = hashlib.file_digest(file, "sha256").hexdigest()
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-            self.errors.append(f"{path}: {str(error).splitlines()[0]}")
+        except Exception as error:  # whatever it is, the others wait
+            self.errors.append(f"{path}: {next(iter(str(error).splitlines()), type(error).__name__)}")
 
     def save(self, state_dict: Any, path: str) -> None:
         self.hand_in(state_dict, Path(path), torch.save)
@@ -78,6 +82,7 @@ class CheckpointFiles(CheckpointEngine):
         self.hand_in(tensors, path, lambda content, target: save_file(content, target, words))
 
     def hand_in(self, content: Any, path: Path, save: Callable[[Any, str], None]) -> None:
+        self.handed_in.add(path)
         if not self.background:
             self.write(path, lambda target: save(content, target))
             return
@@ -85,7 +90,7 @@ class CheckpointFiles(CheckpointEngine):
             taken = copied(content)
         except (RuntimeError, MemoryError) as error:
             self.errors.append(
-                f"no memory for a copy of what goes to {path} ({str(error).splitlines()[0]}); set "
+                f"no memory for a copy of what goes to {path} ({next(iter(str(error).splitlines()), '')}); set "
                 "checkpoint_in_background=false"
             )
             return

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +26,14 @@ from data.files import UserError, content_mark, fsync_folder, read_json, write_j
 from data.shards import manifest_bytes, mark
 from data.sources import ShardFolder
 from train.config import TrainConfig
-from train.engine import WeightAverage, all_agree
+from train.engine import WeightAverage, all_agree, resolve_precision
 from train.resharding import local_slices, read_slices, resharded
 from train.shard_history import SavedSpan, as_json
 
 if TYPE_CHECKING:  # it imports DeepSpeed, which reads the environment
     from train.checkpoint_files import CheckpointFiles
 
-FORMAT = "isotropic3d-checkpoint/3"
+FORMAT = "isotropic3d-checkpoint/4"
 STATE_BYTES = 18  # a parameter: weight in bf16, and in fp32 its master, Adam's two moments and the running average
 
 
@@ -55,11 +57,12 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     """
     free = {"name", "out", "resume", "wandb", "cpu", "dry_run", "dry_run_processes", "steps", "keep_checkpoints",
             "max_skipped", "limits", "milestone_every", "micro_batch_size", "tryrun", "end_after",
-            "validation", "profile"}  # fmt: skip
+            "validation", "profile", "gradient_checkpointing", "compile"}  # fmt: skip
     settings = {k: v for k, v in asdict(config).items() if k not in free and not k.startswith(("log_", "checkpoint_"))}
     settings["data"] = settings["data"] | dict.fromkeys(("workers", "shards", "cache", "max_damaged", "on_change"))
     settings["lora"] = settings["lora"] if config.trainable == "lora" else None
     settings["steps"] = config.steps if config.optim.schedule == "cosine" else None
+    settings["precision"] = resolve_precision(config.precision, config.cpu)
     files: dict[str, Path] = {}
     if config.init_from is not None:
         files["init_from"] = Path(config.init_from) / "unet" / "diffusion_pytorch_model.safetensors"
@@ -115,19 +118,36 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(named)
 
 
+def read_state(path: Path) -> dict[str, Any] | None:
+    """A checkpoint's state.json; None where it is damaged."""
+    try:
+        saved = read_json(path / "state.json", "checkpoint")
+    except UserError:
+        return None
+    if not isinstance(saved, dict) or saved.get("mark") != mark_of(saved) or saved.get("step") != step_of(path):
+        return None
+    return saved
+
+
+def mark_of(saved: dict[str, Any]) -> str:
+    """A hash of all of state.json but the hash itself."""
+    rest = {name: value for name, value in saved.items() if name != "mark"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def newest_state(folder: Path) -> dict[str, Any]:
-    """The state.json of the newest whole checkpoint; {} where there is none."""
-    found = checkpoint_folders(folder)
-    saved = read_json(found[-1] / "state.json", "checkpoint") if found else {}
-    return saved if isinstance(saved, dict) else {}
+    """The state.json of the newest checkpoint that has a whole one; {} where there is none."""
+    states = (read_state(path) for path in reversed(checkpoint_folders(folder)))
+    return next((saved for saved in states if saved is not None), {})
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; damaged ones are set aside under another name, and said.  Collective.
+    """The newest whole checkpoint; damaged ones after it are set aside under another name, and said.  Collective.
 
     Each rank reads its share of the files, and all of them must be as they were written.  UserError when there are
-    checkpoints and none is whole.
+    checkpoints and none is whole, or one cannot be read here: then none is touched.
     """
+    damaged: dict[str, str] = {}
     names = [[path.name for path in checkpoint_folders(folder)]]
     dist.broadcast_object_list(names, src=0)  # as rank 0 sees them, so that all load the same
     for name in reversed(names[0]):
@@ -136,34 +156,45 @@ def newest_checkpoint(folder: Path) -> Path | None:
         dist.all_gather_object(everyone, found)
         wrong = [line for one in everyone for line in one]
         if not wrong:
+            if dist.get_rank() == 0:
+                set_aside(folder, damaged)
+            dist.barrier()
             return folder / name
-        aside = folder / f"damaged_{name}"
-        if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(folder / name, aside)
-            print(f"warning: {folder / name} is damaged ({wrong[0]}) and set aside as {aside.name}", flush=True)
-        dist.barrier()
-    if names[0]:
-        raise UserError(
-            f"{folder}: none of {', '.join(names[0])} is whole; restore one, or choose another name= or out="
-        )
+        damaged[name] = wrong[0]
+    if damaged:
+        words = "; ".join(f"{name}: {why}" for name, why in damaged.items())
+        raise UserError(f"{folder}: none is whole ({words}); restore one, or choose another name= or out=")
     return None
 
 
+def set_aside(folder: Path, damaged: dict[str, str]) -> None:
+    for name, why in damaged.items():
+        aside = folder / f"damaged_{name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder / name, aside)
+        print(f"warning: {folder / name} is damaged ({why}) and set aside as {aside.name}", flush=True)
+
+
 def damaged_files(path: Path, rank: int, world: int) -> list[str]:
-    """What is wrong with this rank's share of a checkpoint's files."""
-    saved = read_json(path / "state.json", "checkpoint")
-    files = sorted(saved.get("files", {}).items()) if isinstance(saved, dict) else []
-    if not files:
-        return ["state.json lists no files"]
+    """What is wrong with this rank's share of a checkpoint's files.
+
+    UserError where one cannot be read though it is there: this machine's fault, which others may not have.
+    """
+    saved = read_state(path)
+    if saved is None:
+        return ["state.json is not what was written"]
+    files = sorted(saved["files"].items())
     wrong = []
     for name, expected in files[rank::world]:
         try:
             with open(path / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     wrong.append(f"{name} is not what was written")
+        except FileNotFoundError:
+            wrong.append(f"{name} is missing")
         except OSError as error:
-            wrong.append(f"{name}: {error.strerror}")
+            words = f"checkpoint {path}: {name} cannot be read on {socket.gethostname()}: {error.strerror}"
+            raise UserError(f"{words}; mend that and start again, the checkpoint stays as it is") from None
     return wrong
 
 
@@ -190,7 +221,7 @@ class Checkpoints:
         self.pending: dict[str, Any] | None = None  # state.json of the one that is being written
         self.files: CheckpointFiles = engine.checkpoint_engine
         if engine.global_rank == 0:
-            for left in folder.glob(".step_*.tmp"):  # by a run that was killed
+            for left in folder.glob(".step_*"):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
 
     @property
@@ -255,21 +286,38 @@ class Checkpoints:
             try:
                 for inside in (temporary / "engine", temporary):
                     fsync_folder(inside)
-                write_json(temporary / "state.json", content)
-                shutil.rmtree(final, ignore_errors=True)
+                write_json(temporary / "state.json", content | {"mark": mark_of(content)})
+                delete_whole(final)
                 os.replace(temporary, final)
                 fsync_folder(self.folder)
-                for old in checkpoint_folders(self.folder)[: -self.keep]:
-                    if self.milestone_every == 0 or step_of(old) % self.milestone_every > 0:
-                        shutil.rmtree(old)
             except (OSError, UserError) as error:
                 self.files.errors.append(str(error))
-        if agreed(final, temporary, self.files.errors):
-            self.saved = content["step"]
+        if not agreed(final, temporary, self.files.errors):
+            return
+        self.saved = content["step"]
+        if self.engine.global_rank == 0:
+            self.delete_old()
+
+    def delete_old(self) -> None:
+        for old in checkpoint_folders(self.folder)[: -self.keep]:
+            if self.milestone_every == 0 or step_of(old) % self.milestone_every > 0:
+                try:
+                    delete_whole(old)
+                except OSError as error:
+                    print(f"warning: {old} cannot be deleted: {error.strerror}; delete it by hand", flush=True)
 
     def paths(self, step: int) -> tuple[Path, Path]:
         """Where the checkpoint will be, and where it is while it is written."""
         return self.folder / f"step_{step:08d}", self.folder / f".step_{step:08d}.tmp"
+
+
+def delete_whole(path: Path) -> None:
+    """Takes its name first, so that a run killed meanwhile leaves no half checkpoint of that name.  OSError."""
+    if path.is_dir():
+        going = path.with_name(f".{path.name}.old")
+        shutil.rmtree(going, ignore_errors=True)
+        os.replace(path, going)
+        shutil.rmtree(going)
 
 
 def agreed(final: Path, temporary: Path, errors: list[str]) -> bool:

@@ -9,6 +9,7 @@ import socket
 import sys
 import sysconfig
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from conf.cli import ConfigError
 from data.files import UserError
-from train.config import TrainConfig
+from train.config import LimitsConfig, TrainConfig
 
 
 def prepare_environment(cpu: bool) -> None:
@@ -59,10 +60,10 @@ def cpu_multiplies_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def resolve_precision(precision: str) -> str:
+def resolve_precision(precision: str, cpu: bool = False) -> str:
     if precision != "auto":
         return precision
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not cpu:
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if cpu_multiplies_bf16() else "fp32"
 
@@ -89,6 +90,12 @@ def deepspeed_config(config: TrainConfig, precision: str) -> dict[str, Any]:
     }
 
 
+def patience(limits: LimitsConfig) -> timedelta:
+    """How long a collective waits: longer than any limit of ours, so that the watchdog is there first, with names."""
+    seconds = (limits.set_up_s, limits.step_s, limits.checkpoint_s)
+    return timedelta(seconds=max(seconds) + 300) if min(seconds) > 0 else timedelta(days=30)
+
+
 def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
     """Accelerator and DeepSpeed engine around the UNet.  AdamW over those of its parameters that require gradients."""
     from accelerate import Accelerator, DeepSpeedPlugin
@@ -101,7 +108,11 @@ def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ours),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(
+                backend="nccl" if torch.cuda.is_available() else "gloo", timeout=patience(config.limits)
+            )
+        ],
     )
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise UserError(
@@ -165,24 +176,32 @@ def take_step(engine: Any, clip_norm: float) -> bool:
     return not last or engine.was_step_applied()
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+
+
 @contextlib.contextmanager
 def memory_explained(config: TrainConfig) -> Iterator[None]:
     """UserError that says what to change when memory runs out."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        words = str(error) or "no main memory left"
+        if not isinstance(error, MemoryError) and not any(sign in words.lower() for sign in OUT_OF_MEMORY):
             raise
+        smaller = [n for n in range(1, config.micro_batch_size) if config.micro_batch_size % n == 0]
         ways = [
-            f"micro_batch_size={config.micro_batch_size // 2}" if config.micro_batch_size > 1 else "",
+            f"micro_batch_size={smaller[-1]}" if smaller else "",
             "" if config.gradient_checkpointing else "gradient_checkpointing=true",
+        ]
+        anew = [
             "deepspeed=zero3" if config.deepspeed.zero_stage < 3 else "",
             "" if config.deepspeed.offload_optimizer else "deepspeed.offload_optimizer=true",
             "trainable=lora" if config.trainable == "all" else "",
         ]
         raise UserError(
-            f"out of memory ({str(error).splitlines()[0][:300]}); try, in this order: "
-            f"{', '.join(filter(None, ways)) or 'a device with more'}; dry_run=true says what a run needs"
+            f"out of memory ({words.splitlines()[0][:300]}); try, in this order: "
+            f"{', '.join(filter(None, ways)) or 'a device with more'}; or, for a run that begins anew with another "
+            f"name=, {', '.join(filter(None, anew)) or 'a smaller model'}; dry_run=true says what a run needs"
         ) from None
 
 

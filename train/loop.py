@@ -52,30 +52,30 @@ def run_steps(run: Run) -> None:
         profiled(config.profile, run.folder / "profile", run.is_main) as profiler,
     ):
         first = state.step
+        picture_is_missing = run.is_main and first > 0 and not picture_of(run).is_file()
+        if due(run) and any_rank([picture_is_missing], run.engine.device)[0]:  # it ended before it was validated
+            validate(run)
         while state.step < config.steps:
             began = time.monotonic()
             updated = optimize(run)
             state.seconds += time.monotonic() - began
-            if not updated:
-                continue
-
-            last = state.step == config.steps
-            if last or state.step % config.log_every == 0:
+            last = updated and state.step == config.steps
+            if last or (updated and state.step % config.log_every == 0):
                 progress.facts["loss"] = f"{report(run)['loss']:.4f}"
-            progress.update(1)
+            progress.update(int(updated))
             profiler.step()
 
             # Save while training goes on, or end where that was asked for.
-            noted = interruption.noted or state.step - first == config.end_after
+            noted = interruption.noted or (updated and state.step - first == config.end_after)
             asked_to_end, writing = any_rank([noted, checkpoints.writing], run.engine.device)
             if not writing:
                 checkpoints.finish()
-            if last or asked_to_end or state.step % config.checkpoint_every == 0:
+            if last or asked_to_end or (updated and state.step % config.checkpoint_every == 0):
                 save(run, wait=last or asked_to_end)
             if asked_to_end and not last:
                 end_early(run)
 
-            if last or (config.validation.every and state.step % config.validation.every == 0):
+            if updated and due(run):
                 validate(run)
     export(run)
     close(run)
@@ -186,25 +186,50 @@ def fill_averaged_weights(run: Run) -> None:
     run.gathered_step = run.state.step
 
 
+def due(run: Run) -> bool:
+    """Whether the step is one after which the run is validated."""
+    every, step = run.config.validation.every, run.state.step
+    return step > 0 and (step == run.config.steps or (every > 0 and step % every == 0))
+
+
+def picture_of(run: Run) -> Path:
+    return run.folder / "samples" / f"step_{run.state.step:08d}.png"
+
+
 def validate(run: Run) -> None:
-    """Loss on held-out objects, and sampled views beside the ground truth: by rank 0, for which the others wait."""
-    config, step = run.config.validation, run.state.step
-    run.watchdog.enter("checkpoint", f"the validation of step {step}")
+    """Loss on held-out objects, and sampled views beside the ground truth: by rank 0, for which the others wait.
+
+    What fails there is said, and training goes on.
+    """
+    began = time.monotonic()
+    run.watchdog.enter("checkpoint", f"the validation of step {run.state.step}")
     fill_averaged_weights(run)
+    if run.is_main:
+        try:
+            held_out_figures(run)
+        except (UserError, OSError, RuntimeError) as error:
+            words = f"the validation of step {run.state.step} failed: {error}"
+            print(f"warning: {words}; training goes on", flush=True)
+            alert(run, "validation failed", words, "WARN")
+        run.model.unet.to("cpu")
+    dist.barrier()
+    run.meter.began += time.monotonic() - began  # its rates are of training
+
+
+def held_out_figures(run: Run) -> None:
+    """Of rank 0."""
+    config, step = run.config.validation, run.state.step
     if run.monitor is not None:
         run.model.unet.to(run.engine.device)  # for this time only: the weights in training need the memory
-        path = run.folder / "samples" / f"step_{step:08d}.png"
         values: dict[str, float] = {}
         if run.held_out is not None:
             values |= held_out_losses(run.model, run.held_out, run.config)
         figures, picture = sample_grid(
             run.model, run.held_out or run.dataset, config.sample_objects, config.sample_steps, config.guidance
         )
-        run.model.unet.to("cpu")
         kind = "samples" if run.held_out is None else "validation"
         run.monitor.log(step, {f"{kind}/{name}": value for name, value in (values | figures).items()})
-        run.monitor.picture(step, kind, path, picture)  # reference, then sampled views over ground truth
-    dist.barrier()
+        run.monitor.picture(step, kind, picture_of(run), picture)  # reference, then sampled views over ground truth
 
 
 def export(run: Run) -> None:

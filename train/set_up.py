@@ -29,7 +29,9 @@ from train.checkpoints import (
     load_checkpoint,
     newest_checkpoint,
     newest_state,
+    read_state,
     require_same_run,
+    step_of,
 )
 from train.config import TrainConfig
 from train.engine import WeightAverage, build_engine, prepare_environment, resolve_precision
@@ -130,6 +132,7 @@ def set_up(config: TrainConfig, watchdog: Watchdog) -> Run | None:
     average = WeightAverage(engine, config.optim.weight_average_decay)
     state = TrainState(spans)
     require_one_manifest(spans[-1].manifest, marks["data.shards"])
+    require_one_precision(marks["precision"])
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is not None:
         if read_json(newest / "state.json", "checkpoint") != last_state:  # a damaged one was passed over
@@ -188,6 +191,14 @@ def require_one_manifest(read: str, before: str) -> None:
         raise UserError("data.shards: the list of shards has changed while the run was starting; start it again")
 
 
+def require_one_precision(precision: str) -> None:
+    """UserError unless precision=auto is the same on all machines.  Collective."""
+    everyone = [""] * dist.get_world_size()
+    dist.all_gather_object(everyone, precision)
+    if len(set(everyone)) > 1:
+        raise UserError(f"precision=auto is {' and '.join(sorted(set(everyone)))} on this run's machines; choose one")
+
+
 def require_own_latents(dataset: ViewDataset, vae: Any, image_encoder: ClipImageEncoder) -> None:
     """UserError for latents that other encoders made."""
     manifest = dataset.manifest
@@ -203,10 +214,13 @@ def finished(config: TrainConfig, folder: Path, marks: dict[str, Any]) -> bool:
     found = checkpoint_folders(folder / "checkpoints")
     if config.resume == "never" and found:
         raise UserError(f"{folder} has checkpoints already and resume=never; choose another name= or out=")
-    if not found:
+    whole = [path for path in found if read_state(path) is not None]
+    if not whole:
         return False
-    require_same_run(found[-1], config, marks)
-    return found[-1].name == f"step_{config.steps:08d}" and (folder / "export" / "isotropic3d.json").is_file()
+    require_same_run(whole[-1], config, marks)
+    if step_of(whole[-1]) != config.steps or not (folder / "export" / "isotropic3d.json").is_file():
+        return False
+    return read_info(folder / "export").step == config.steps  # else it is that of a shorter run
 
 
 def require_space(config: TrainConfig, folder: Path, unet: Any) -> None:

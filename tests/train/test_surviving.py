@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load
-from tiny_runs import begun, composed, losses, set_up, train, weights_hash
+from tiny_runs import begin, begun, composed, losses, set_up, train, weights_hash
 from warm import Run
 
 from data.files import UserError
@@ -122,7 +122,7 @@ def test_steps_that_are_not_finite_are_left_out(tiny, tmp_path) -> None:
     assert weights_hash(resumed) == weights_hash(out)
     spoil_latents(latents, manifest, [f"object{n}" for n in range(4)])
     done = train(tiny, tmp_path / "stops", f"data.shards={latents}", "max_skipped=2", "batch_size=2", processes=1)
-    assert done.returncode == 2 and "the 3th in a row, and max_skipped=2" in done.stderr, done.stderr[-3000:]
+    assert done.returncode == 2 and "with it 3 in a row, and max_skipped=2" in done.stderr, done.stderr[-3000:]
     assert "after step 0: the loss of object" in done.stderr and not (tmp_path / "stops" / "export").exists()
 
 
@@ -160,7 +160,8 @@ def test_damaged_objects_are_counted_and_too_many_stop_the_run(tiny, tmp_path) -
     done = train(tiny, tmp_path / "on", f"data.shards={shards}", "data.max_damaged=0.3", "steps=3")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "on" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-2]["damaged_objects"] == 1 and "damaged: object2: shards: " in done.stdout
+    last = [row for row in rows if "loss" in row][-1]
+    assert last["damaged_objects"] == 1 and "damaged: object2: shards: " in done.stdout
     (line,) = (tmp_path / "on" / "damaged.jsonl").read_text().splitlines()
     assert json.loads(line)["uid"] == "object2" and "CRC-32" in json.loads(line)["reason"]
     done = train(tiny, tmp_path / "off", f"data.shards={shards}", "steps=3")
@@ -224,3 +225,51 @@ def wait_for(happened: Callable[[], bool], run: Run) -> None:
     while not happened():
         assert time.monotonic() < deadline, run.stdout + run.stderr
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_job_saves_too(tiny, tmp_path, number) -> None:
+    """Ctrl-C, or a scheduler's, reaches the data workers as well."""
+    out = tmp_path / "stage1"
+    run = begin(tiny, out, "data.workers=2", "steps=100000", "checkpoint_every=5", processes=1)
+    wait_for(lambda: bool(checkpoint_folders(out / "checkpoints")), run)
+    os.killpg(run.ranks[0], number)
+    assert run.wait().returncode == 75, run.stderr[-3000:]
+    step = step_of(checkpoint_folders(out / "checkpoints")[-1])
+    assert f"asked to end; saved at step {step}" in run.stdout and "orker" not in run.stderr
+    assert [s for s, _ in losses(out)] == list(range(1, step + 1))
+
+
+def test_a_longer_run_is_not_finished_by_the_export_of_a_shorter_one(quiet, tiny, tmp_path) -> None:
+    out = tmp_path / "stage1"
+    shutil.copytree(quiet, out)
+    done = train(tiny, out, "steps=8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.rmtree(out / "export")
+    shutil.copytree(quiet / "export", out / "export")  # as where it was killed before its own
+    (out / "samples" / "step_00000008.png").unlink()
+    done = train(tiny, out, "steps=8")
+    assert done.returncode == 0 and "exported" in done.stdout, done.stderr[-3000:]
+    assert load_export(out / "export").info.step == 8 and (out / "samples" / "step_00000008.png").is_file()
+    assert "nothing to do" in train(tiny, out, "steps=8").stdout
+
+
+def test_damaged_checkpoints_are_not_touched_where_none_is_whole(quiet, tiny, tmp_path) -> None:
+    out = tmp_path / "stage1"
+    shutil.copytree(quiet, out)
+    shutil.rmtree(out / "export")
+    for path in (out / "checkpoints").glob("step_*"):
+        next(path.glob("engine/*optim_states.pt")).write_bytes(b"")
+    for _ in range(2):
+        done = train(tiny, out)
+        assert done.returncode == 2 and "none is whole" in done.stderr, done.stderr[-3000:]
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"step_00000004", "step_00000006"}
+    assert losses(out) == losses(quiet)
+    shutil.rmtree(out / "checkpoints")
+    shutil.copytree(quiet / "checkpoints", out / "checkpoints")
+    state = out / "checkpoints" / "step_00000006" / "state.json"
+    state.write_text(state.read_text().replace('"skipped": 0', '"skipped": 1'))
+    done = train(tiny, out)
+    assert done.returncode == 0 and "going on from" in done.stdout, done.stderr[-3000:]
+    assert "step_00000006 is damaged (state.json is not what was written) and set aside" in done.stdout
+    assert losses(out) == losses(quiet) and weights_hash(out) == weights_hash(quiet)
