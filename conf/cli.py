@@ -18,7 +18,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.submitit_job import requeue
 from data.files import UserError
+from data.processes import REQUEUE
 
 T = TypeVar("T")
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
@@ -55,6 +57,10 @@ def run(schema: type[T], primary: str, main: Callable[[T], None]) -> None:
             if error.errno not in STORAGE_ERRORS:
                 raise
             _exit(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}; free space or move it")
+        except SystemExit as end:
+            if end.code == REQUEUE:
+                requeue()
+            raise
 
     try:
         hydra.main(version_base="1.3", config_path=f"{CONF}/{folder}", config_name=name)(composed)()

@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,7 @@ class Batch:
     moments: Tensor | None = None  # (B, V + R, 2C, h, w): the posterior's mean and log variance, unscaled
     embeddings: Tensor | None = None  # (B, T, D) of the first reference
     damaged: dict[str, str] = field(default_factory=dict)  # uid: what was wrong with it, so that another came
+    drawn: Any = None  # what the `draw` given to micro_batches made of `positions`
 
     @property
     def views(self) -> int:
@@ -294,13 +295,15 @@ class RankPositions(Sampler[list[int]]):
             step += 1
 
 
-def collate(items: list[dict[str, Any]]) -> Batch:
+def collate(items: list[dict[str, Any]], draw: Callable[[list[int]], Any] | None = None) -> Batch:
     tensors = {
         key: torch.stack([item[key] for item in items]) for key, value in items[0].items() if isinstance(value, Tensor)
     }
+    positions = [item["position"] for item in items]
     return Batch(
         **tensors,
-        positions=[item["position"] for item in items],
+        positions=positions,
+        drawn=draw(positions) if draw is not None else None,
         keys=[item["key"] for item in items],
         damaged={uid: reason for item in items for uid, reason in item["damaged"].items()},
     )
@@ -308,19 +311,29 @@ def collate(items: list[dict[str, Any]]) -> Batch:
 
 def leave_signals(worker: int) -> None:
     """In a data worker: a signal to the whole job is the main process's, which ends the workers; so does its death."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(signal.SIGKILL)
 
 
 def micro_batches(
-    dataset: ViewDataset, batch_size: int, micro_batch_size: int, rank: int, world: int, first_step: int, workers: int
+    dataset: ViewDataset,
+    batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world: int,
+    first_step: int,
+    workers: int,
+    draw: Callable[[list[int]], Any] | None = None,
 ) -> Iterator[Batch]:
-    """Endless micro-batches of this rank, starting with optimizer step `first_step`."""
+    """Endless micro-batches of this rank, starting with optimizer step `first_step`.
+
+    draw: random numbers for a list of positions, which the workers draw beside their decoding.
+    """
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=RankPositions(batch_size, micro_batch_size, rank, world, first_step),
-        collate_fn=collate,
+        collate_fn=partial(collate, draw=draw),
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=leave_signals,

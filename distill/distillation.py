@@ -33,6 +33,7 @@ from models.multiview import predict_noise_output
 from monitor.monitor import Monitor
 
 LOG_EVERY = 10  # steps
+LEAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # of schedulers, which want the machine
 
 
 @dataclass
@@ -194,7 +195,7 @@ def require_finite(run: Run, losses: dict[str, Tensor]) -> None:
 
 
 class StopSignals:
-    """The first Ctrl-C, TERM or USR1 asks the loop to end after its step; a second Ctrl-C interrupts at once."""
+    """The first Ctrl-C or one of LEAVE asks the loop to end after its step; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -202,7 +203,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+            self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, *LEAVE)}
         return self
 
     def note(self, number: int, frame: FrameType | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from omegaconf import OmegaConf
 from data.files import atomic_file, read_json, require_writable, write_json
 from data.processes import REQUEUE, locked
 from distill.config import GenerateConfig
-from distill.distillation import camera_ranges, distil
+from distill.distillation import LEAVE, camera_ranges, distil
 from distill.mesh import extract_mesh, save_glb
 from distill.snapshot import FILE, identity, load_snapshot, new_run
 from distill.turntable import save_turntable
@@ -41,13 +40,13 @@ def image_to_mesh(config: GenerateConfig) -> None:
 def run_to_the_mesh(config: GenerateConfig, image: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
     """image (3, H, W) in [0, 1]; goes on from the snapshot in `config.out` if there is one."""
     began, out, checkpoint = time.monotonic(), Path(config.out), Path(config.checkpoint)
-    wanted = made_of(config)
+    mark = identity(config, checkpoint, Path(config.image))
+    wanted = made_of(config, mark)
     if (out / "mesh.glb").is_file() and result_of(out) == wanted:
         print(f"{out / 'mesh.glb'} is finished; nothing to do")
         return
     model = load_export(checkpoint, device, dtype)
     run = new_run(config, device)
-    mark = identity(config, checkpoint, Path(config.image))
     continued = load_snapshot(out / FILE, run, mark)
     with atomic_file(out / "config.yaml") as temporary:
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -62,7 +61,7 @@ def run_to_the_mesh(config: GenerateConfig, image: torch.Tensor, device: torch.d
     stopped_by = distil(run, model, context, config, mark, monitor)
     write_json(out / "losses.json", run.losses)
     distilled = time.monotonic()
-    if stopped_by in (signal.SIGTERM, signal.SIGUSR1):  # asked to leave the machine: the snapshot goes on elsewhere
+    if stopped_by in LEAVE:  # the snapshot goes on elsewhere
         if monitor is not None:
             monitor.close()
         raise SystemExit(REQUEUE)
@@ -95,9 +94,8 @@ def run_to_the_mesh(config: GenerateConfig, image: torch.Tensor, device: torch.d
         monitor.close()
 
 
-def made_of(config: GenerateConfig) -> str:
-    """A hash of all that the mesh and the pictures of it depend on."""
-    mark = identity(config, Path(config.checkpoint), Path(config.image))
+def made_of(config: GenerateConfig, mark: str) -> str:
+    """A hash of all that the mesh and the pictures of it depend on, beside what `mark` stands for."""
     return hashlib.sha256(f"{mark} {config.mesh} {config.turntable}".encode()).hexdigest()
 
 

@@ -15,11 +15,11 @@ REQUEUE=75 # what our programs end with that have saved and want to be started a
 
 # until_the_end COMMAND...: runs it, and hands the scheduler's warning on to it.  Returns its status.
 until_the_end() {
-  local status=0
+  local status=0 warned=
   cancelled=
   "$@" &
   step=$!
-  trap 'echo "$(date +%T) the time limit is near, or SIGUSR1 came: saving"; kill -USR1 "$step"' USR1
+  trap 'echo "$(date +%T) the time limit is near, or SIGUSR1 came: saving"; warned=1; kill -USR1 "$step"' USR1
   # The scheduler takes the job away, and starts it again by itself when it was preempted.
   trap 'cancelled=1; kill -USR1 "$step"' TERM
   while kill -0 "$step" 2>/dev/null; do # a trap ends `wait` early
@@ -27,6 +27,8 @@ until_the_end() {
     wait "$step" || status=$?
   done
   trap - USR1 TERM
+  # A program that has nothing to save, or has not begun to, ends by the signal itself.
+  [ -z "$warned" ] || [ "$status" -ne 138 ] || status=$REQUEUE
   return "$status"
 }
 

@@ -6,6 +6,7 @@
 #   slurm/local-cluster.sh node-up NODE   starts one node's daemon again
 # Environment: CLUSTER (its folder, default /tmp/isotropic3d-cluster-UID), NODES (2), CPUS a node (4, more than the machine has
 # is well), MEMORY a node in MB (8000), PORT (16820; the nodes take those after it).
+# Jobs of its partition urgent preempt those of main, which have a minute to save and start again.
 # Its configuration, keys, logs and state are in that folder; nothing of an installed SLURM is touched but /etc/hosts,
 # where the nodes' names are written, since jobs look each other up by them.
 set -euo pipefail
@@ -61,7 +62,10 @@ KillWait=5
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
 NodeName=node[1-$nodes] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=$cpus RealMemory=$memory
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 EOF
   for number in $(seq "$nodes"); do
     mkdir -p "$base/spool.node$number"
@@ -115,5 +119,5 @@ stop() {
 case "${1:-}" in
   install | start | stop) "$1" ;;
   node-up) slurmd -N "${2:?which node}" ;;
-  *) sed -n '2,10p' "$0" | sed 's/^# //' >&2; exit 2 ;;
+  *) sed -n '2,/^set /s/^# //p' "$0" >&2; exit 2 ;;
 esac

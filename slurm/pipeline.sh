@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 [ ! -f slurm/site.env ] || source slurm/site.env
 
 if [ $# -eq 0 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
-  sed -n '2,7p' "$0" | sed 's/^# //'
+  sed -n '2,/^set /s/^# //p' "$0"
   exit 0
 fi
 

@@ -11,7 +11,8 @@ from types import FrameType
 
 from data.processes import REQUEUE
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # of preemption, time limits and Ctrl-C
+# Of preemption, time limits (submitit's are SIGUSR2) and Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 # In what gloo, NCCL and torch's store say when the other end is gone.
 PEER_LOST = (
     "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket closed",

@@ -116,7 +116,9 @@ def training_loss(
     (b, v), r = batch.c2w.shape[:2], batch.reference_c2w.shape[1]
     device = next(unet.parameters()).device
     with torch.no_grad():
-        draws = draw(config, seed, batch.positions, (v, *latent_shape), scheduler.config.num_train_timesteps, r)
+        draws: Draws = batch.drawn or draw(
+            config, seed, batch.positions, (v, *latent_shape), scheduler.config.num_train_timesteps, r
+        )
         timesteps, noise, posterior = draws.timesteps.to(device), draws.noise.to(device), draws.posterior.to(device)
         with_references = r if branch == REFERENCE else 0
         encoded = encode_batch(encoders.vae, batch, posterior[:, : v + with_references])

@@ -7,6 +7,7 @@ import copy
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from train.engine import WeightAverage, build_engine, prepare_environment, resol
 from train.flops import flops_of_branches, peak_flops
 from train.meter import Meter
 from train.networks import empty_unet, frozen_parts, initial_unet, scheduler_of
-from train.objective import Encoders
+from train.objective import Encoders, draw
 from train.shard_history import Damage, open_dataset
 from train.skips import Skips
 from train.trainable import choose_trainable
@@ -147,6 +148,8 @@ def set_up(config: TrainConfig, watchdog: Watchdog) -> Run | None:
         export_info(config, dataset.manifest.cameras),
     )
     batch, micro, world, rank = config.batch_size, config.micro_batch_size, engine.world_size, engine.global_rank
+    shape, steps = (config.data.num_views, *model.latent_shape), model.scheduler.config.num_train_timesteps
+    noise = partial(draw, config.objective, config.seed, shape=shape, steps=steps, references=dataset.num_references)
     return Run(
         config=config,
         folder=folder,
@@ -157,7 +160,7 @@ def set_up(config: TrainConfig, watchdog: Watchdog) -> Run | None:
         model=model,
         dataset=dataset,
         held_out=held_out,
-        batches=micro_batches(dataset, batch, micro, rank, world, state.batch, config.data.workers),
+        batches=micro_batches(dataset, batch, micro, rank, world, state.batch, config.data.workers, noise),
         average=average,
         state=state,
         checkpoints=Checkpoints(folder / "checkpoints", engine, average, marks, config, state.step),

@@ -1,9 +1,7 @@
 """What `train/stage1.py` and `train/stage2.py` do: compose the configuration, then plan or train."""
 
-import os
-import subprocess
-
 from conf.cli import run
+from conf.submitit_job import take_rank
 from data.files import require_writable
 from data.processes import die_with_parent
 from train.config import TrainConfig, with_parts_of_start
@@ -15,22 +13,9 @@ def start(primary: str) -> None:
     run(TrainConfig, primary, plan_or_train)
 
 
-def ranks_of_slurm() -> None:
-    """For processes that srun has started itself, one a GPU, as submitit does: what a launcher would have told them."""
-    step = {name: os.environ.get(f"SLURM_{name}", "") for name in ("STEP_NUM_TASKS", "PROCID", "LOCALID", "JOB_ID")}
-    if "RANK" in os.environ or int(step["STEP_NUM_TASKS"] or 1) == 1:
-        return
-    words = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
-    first = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[0]
-    os.environ |= {
-        "RANK": step["PROCID"], "LOCAL_RANK": step["LOCALID"], "WORLD_SIZE": step["STEP_NUM_TASKS"],
-        "MASTER_ADDR": first, "MASTER_PORT": str(20000 + int(step["JOB_ID"]) % 20000),
-    }  # fmt: skip
-
-
 def plan_or_train(config: TrainConfig) -> None:
     # Imports stand here, so that --help and wrong values do not wait for torch and diffusers.
-    ranks_of_slurm()
+    take_rank()
     config = with_parts_of_start(config)
     if config.dry_run:
         from train.dry_run import dry_run

@@ -38,7 +38,7 @@ class Watchdog:
         self.end: Callable[[int], Any] = os._exit  # the main thread may hang where no exception reaches it
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        if longest and world > 1:
+        if longest:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.thread.start()
 
@@ -121,4 +121,6 @@ def blame(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]], o
     behind = [rank for rank in after if after[rank]["count"] == first]
     if len(behind) < len(after):
         return f"behind the others is {', '.join(map(name, behind))}"
+    if len(after) == 1:
+        return "its own stack follows"
     return f"all {len(after)} ranks are there; the network between them, or the file system, may hang"

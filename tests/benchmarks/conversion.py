@@ -31,10 +31,11 @@ from released_values import fill  # noqa: E402
 
 from models.autoencoder import SD_VAE  # noqa: E402
 from models.config import ImageEncoderConfig, UNetConfig  # noqa: E402
-from models.convert import ldm_names_of, schedule_buffers  # noqa: E402
 from models.image_encoder import build_image_encoder  # noqa: E402
+from models.ldm_parts import ldm_names_of  # noqa: E402
 from models.multiview import build_unet  # noqa: E402
 from models.released import PREFIXES, is_vae_projection  # noqa: E402
+from models.to_ldm import schedule_buffers  # noqa: E402
 from models.weights_file import read_weights  # noqa: E402
 
 

@@ -14,13 +14,14 @@ import gc
 import json
 import os
 import platform
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from ranks import measured_by_ranks  # noqa: E402
+
 MIB = 2**20
 
 
@@ -91,29 +92,10 @@ def main() -> None:
           f"{options.width}, {options.processes} processes; MiB a process")  # fmt: skip
     print(f"{'':8}{'held':>10}{'at most':>10}{'computed':>10}{'of it gradients':>17}")
     for stage in range(4):
-        found = run(stage, options)
+        found = measured_by_ranks(options.processes, ["--zero-stage", str(stage)])
         most = f"{found['most'] / MIB:.0f}" if found["most"] is not None else "-"
         held, computed, gradients = (found[name] / MIB for name in ("held", "computed", "gradients"))
         print(f"ZeRO-{stage}  {held:10.0f}{most:>10}{computed:10.0f}{gradients:17.0f}", flush=True)
-
-
-def run(stage: int, options: argparse.Namespace) -> dict[str, float]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(options.processes):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                 "WORLD_SIZE": options.processes, "LOCAL_WORLD_SIZE": options.processes,
-                 "ACCELERATE_USE_DEEPSPEED": "true"}  # fmt: skip
-        environment = os.environ | {name: str(value) for name, value in place.items()}
-        command = [sys.executable, __file__, *sys.argv[1:], "--zero-stage", str(stage)]
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
-    lines = [rank.communicate()[0].strip().splitlines() for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise SystemExit(f"error: ZeRO-{stage} ended; its words are above")
-    found: dict[str, float] = json.loads(lines[0][-1])
-    return found
 
 
 if __name__ == "__main__":

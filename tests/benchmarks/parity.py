@@ -32,7 +32,8 @@ from safetensors.torch import load_file  # noqa: E402
 from data.cameras import camera_conditioning, orbit_camera  # noqa: E402
 from models.autoencoder import encode_images  # noqa: E402
 from models.checkpoint import make_scheduler  # noqa: E402
-from models.convert import Settings, empty, map_part  # noqa: E402
+from models.convert import Settings, map_part  # noqa: E402
+from models.ldm_parts import empty  # noqa: E402
 from models.multiview import MultiViewAttention, predict_noise_output  # noqa: E402
 from models.released import IMAGE_ENCODER, PREFIXES, UNET, VAE  # noqa: E402
 from models.sampling import sample_latents  # noqa: E402

@@ -12,13 +12,14 @@ import datetime
 import json
 import os
 import platform
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from ranks import measured_by_ranks  # noqa: E402
+
 MIB = 2**20
 
 
@@ -84,29 +85,10 @@ def main() -> None:
           "MiB a process and step")  # fmt: skip
     print(f"{'':8}{'weights':>10}{'sent':>10}{'by the paper':>14}")
     for stage in range(4):
-        found = run(stage, options)
+        found = measured_by_ranks(options.processes, ["--zero-stage", str(stage)], apart=True)
         share = (options.processes - 1) / options.processes
         paper = found["weights"] * (2 if stage < 3 else 3) * share
         print(f"ZeRO-{stage}  {found['weights'] / MIB:10.1f}{found['sent'] / MIB:10.1f}{paper / MIB:14.1f}", flush=True)
-
-
-def run(stage: int, options: argparse.Namespace) -> dict[str, float]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(options.processes):
-        place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": options.processes, "LOCAL_WORLD_SIZE": 1,
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_DEEPSPEED": "true",
-                 "OMP_NUM_THREADS": 1}  # fmt: skip
-        environment = os.environ | {name: str(value) for name, value in place.items()}
-        command = [sys.executable, __file__, *sys.argv[1:], "--zero-stage", str(stage)]
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
-    lines = [rank.communicate()[0].strip().splitlines() for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise SystemExit(f"error: ZeRO-{stage} ended; its words are above")
-    found: dict[str, float] = json.loads(lines[0][-1])
-    return found
 
 
 if __name__ == "__main__":

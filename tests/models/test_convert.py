@@ -27,11 +27,12 @@ from data.files import UserError
 from models import MultiViewPipeline
 from models.autoencoder import decode_latents, encode_images, load_autoencoder
 from models.checkpoint import load_unet, make_scheduler, read_info
-from models.convert import main, schedule_buffers
+from models.convert import main
 from models.image_encoder import ClipImageEncoder, load_image_encoder_folder
 from models.multiview import predict_noise_output
 from models.released import UNET, renamed, swapped, unet_config, unet_pairs, vae_config, vae_pairs
 from models.sampling import sample_latents
+from models.to_ldm import schedule_buffers
 from models.weights_file import read_weights, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]

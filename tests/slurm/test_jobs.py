@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import trimesh
 from cluster import SMALL, Cluster
 from tiny_runs import losses, tiny_overrides, train, weights_hash
 
@@ -66,6 +67,37 @@ def test_a_job_that_fails_for_its_own_reason_ends(cluster: Cluster, tiny, tmp_pa
     assert job.fact("Restarts") == "0" and "requeued" not in job.words()
     assert f"what waits for it does not start: {waiting}" in job.words()
     cluster.call("scancel", waiting)
+
+
+@pytest.mark.slow
+def test_a_preempted_job_saves_and_starts_again(cluster: Cluster, tiny, tmp_path) -> None:
+    """By a job of a partition that goes before; SLURM gives the one that has to go a minute."""
+    out = tmp_path / "run"
+    given = [*tiny_overrides(tiny), f"out={out}", "steps=60", "checkpoint_every=1000"]
+    job = cluster.submit(tmp_path, "--nodes=2", *SMALL, "--exclusive", "slurm/stage1.sbatch", *given)
+    job.until(lambda: "step/s" in job.words())
+    urgent = cluster.call("sbatch", "--parsable", "--partition=urgent", "--exclusive", "--nodes=2", "--wrap=sleep 1")
+    job.until(lambda: "going on from" in job.words())
+    assert cluster.job(tmp_path, urgent.strip()).fact("JobState") == "COMPLETED"
+    assert job.end() == "COMPLETED 0:0" and "asked to end; saved at step" in job.words()
+    assert [step for step, _ in losses(out)] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_a_warning_before_there_is_anything_to_save(cluster: Cluster, tmp_path) -> None:
+    """Rendering knows no signals: it ends by them, starts again, and keeps the objects that are whole."""
+    (tmp_path / "objects").mkdir()
+    for name in ("one", "two"):
+        trimesh.creation.icosphere(subdivisions=4).export(tmp_path / "objects" / f"{name}.ply")
+    words = [f"source={tmp_path}/objects", f"out={tmp_path}/views", "resolution=32", "samples=4", "rings=1",
+             "views_per_ring=4", "references=1", "eval_views=0"]  # fmt: skip
+    job = cluster.submit(tmp_path, "--array=0", *SMALL, "slurm/render.sbatch", *words)
+    job.log = tmp_path / f"{job.number}.out"
+    job.until(lambda: job.fact("JobState") == "RUNNING")
+    job.warn()
+    job.until(lambda: int(job.fact("Restarts")) == 1)
+    assert job.end() == "COMPLETED 0:0"
+    assert sorted(path.parent.name for path in (tmp_path / "views").glob("*/meta.json")) == ["one", "two"]
 
 
 @pytest.mark.slow

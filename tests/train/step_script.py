@@ -46,6 +46,8 @@ def run(stage: int, precision: str, steps: tuple[Any, ...]) -> dict[str, Any]:
     average = WeightAverage(engine, 0.5)
     kind = next(engine.module.parameters()).dtype
     applied, unchanged = [], []
+    masters = [None if m is None else m.detach().clone() for m in local_masters(engine)]
+    means = [None if m is None else m.double() for m in masters]  # of the average, by its definition
     for number, step in enumerate(steps):
         before = state(engine)
         for micro in range(config.accumulation):
@@ -60,9 +62,19 @@ def run(stage: int, precision: str, steps: tuple[Any, ...]) -> dict[str, Any]:
         applied.append(updated)
         if updated:
             average.update()
+            decay = min(0.5, (1 + average.updates) / (10 + average.updates))
+            means = [None if mean is None else mean.lerp(master.detach().double(), 1 - decay)
+                     for mean, master in zip(means, local_masters(engine), strict=True)]  # fmt: skip
         else:
             unchanged.append(state(engine) == before)
+    off = [float((mean - held).abs().max()) for mean, held in zip(means, average.average, strict=True)
+           if mean is not None and mean.numel()]  # fmt: skip
+    before = state(engine)
+    gathered = average.gather()
+    assert state(engine) == before, "gathering leaves the masters as they were"
     return {
+        "average_off": max(off, default=0.0),
+        "gathered": [v for t in gathered.values() for v in t.flatten().tolist()] if gathered is not None else None,
         "applied": applied, "unchanged": unchanged, "state": state(engine), "updates": average.updates,
         "running": [engine.zero_optimization_stage(), str(kind)],
     }  # fmt: skip

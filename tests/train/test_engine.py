@@ -34,3 +34,15 @@ def test_a_step_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(found, eng
         assert spoiled["unchanged"] == [True, True]
         assert spoiled["updates"] == quiet["updates"] == 3
         assert spoiled["state"] == quiet["state"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_average_is_that_of_the_masters(found, engine) -> None:
+    """Against its definition in float64; and put together from all ranks it is the same under every engine."""
+    assert all(rank[engine][kind]["average_off"] < 1e-6 for rank in found for kind in ("spoiled", "quiet"))
+    assert found[0][engine]["quiet"]["gathered"] == found[0][engine]["spoiled"]["gathered"]
+    assert found[1][engine]["quiet"]["gathered"] is None
+    tolerance = 1e-5 if engine.endswith("fp32") else 5e-3
+    for ours, plain in zip(found[0][engine]["quiet"]["gathered"], found[0]["0 fp32"]["quiet"]["gathered"], strict=True):
+        assert abs(ours - plain) < tolerance

@@ -15,7 +15,17 @@ from models.config import EmaConfig, ModelConfig, UNetConfig
 from models.image_encoder import ClipImageEncoder
 from models.multiview import build_unet
 from train.config import ObjectiveConfig
-from train.objective import MULTI, REFERENCE, SINGLE, Encoders, choose_branch, draw, snr_weight, training_loss
+from train.objective import (
+    MULTI,
+    REFERENCE,
+    SINGLE,
+    Encoders,
+    choose_branch,
+    draw,
+    encode_batch,
+    snr_weight,
+    training_loss,
+)
 
 LATENT = (6, 4, 4)
 EMA_DESIGNS = [
@@ -106,10 +116,17 @@ def test_every_branch_trains_all_weights_and_repeats(networks, branch, predictio
     torch.testing.assert_close(loss(networks, branch, prediction=prediction), first)
 
 
-def test_a_network_that_knows_the_target_has_no_loss(networks) -> None:
-    """The epsilon target is the very noise that was drawn, and the reference's output is not asked for."""
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_network_that_knows_the_target_has_no_loss(networks, prediction) -> None:
+    """The target is the very noise that was drawn, or the velocity of it; the reference's output is not asked for."""
     _, encoders = networks
     drawn = draw(ObjectiveConfig(), 0, [3, 8], (4, *LATENT), 1000)
+    scheduler = make_scheduler(prediction, zero_terminal_snr=prediction == "v_prediction")
+    target = drawn.noise
+    if prediction == "v_prediction":  # arXiv 2202.00512, appendix D
+        latents = encode_batch(encoders.vae, batch([3, 8]), drawn.posterior[:, :4])
+        kept = scheduler.alphas_cumprod[drawn.timesteps][:, None, None, None, None]
+        target = kept.sqrt() * drawn.noise - (1 - kept).sqrt() * latents
 
     class Oracle(torch.nn.Module):
         def __init__(self) -> None:
@@ -119,17 +136,16 @@ def test_a_network_that_knows_the_target_has_no_loss(networks) -> None:
         def forward(self, sample, timesteps, cross_attention_kwargs, **_):
             views = cross_attention_kwargs["num_views"] + cross_attention_kwargs["num_references"]
             output = torch.full((2, views, *LATENT), 1e6)  # whatever the network says of the references
-            output[:, :4] = drawn.noise
+            output[:, :4] = target
             return (output.flatten(0, 1),)
 
-    scheduler = make_scheduler("epsilon", zero_terminal_snr=False)
     config = ObjectiveConfig(condition_dropout=0)
     for ema in EMA_DESIGNS:
         data = batch([3, 8], ema.references)
         value, _ = training_loss(
             Oracle(), encoders, scheduler, data, REFERENCE, config, ModelConfig(ema=ema), LATENT, 0
         )
-        assert value.tolist() == [0, 0]
+        assert value.max() <= (0 if prediction == "epsilon" else 1e-12)
 
 
 @pytest.mark.parametrize("ema", EMA_DESIGNS)
@@ -187,3 +203,31 @@ def test_min_snr_weights() -> None:
     assert snr_weight(alphas, None, "epsilon").tolist() == [1, 1, 1]
     torch.testing.assert_close(snr_weight(alphas, 5.0, "epsilon"), torch.tensor([5 / 9, 1.0, 1.0]))
     torch.testing.assert_close(snr_weight(alphas, 5.0, "v_prediction"), torch.tensor([0.5, 0.5, 0.1]))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weighs_each_object_by_its_timestep(networks, prediction) -> None:
+    alphas = make_scheduler(prediction, zero_terminal_snr=prediction == "v_prediction").alphas_cumprod
+    timesteps = draw(ObjectiveConfig(), 0, [3, 8], (4, *LATENT), 1000).timesteps
+    weighed = loss(networks, MULTI, ObjectiveConfig(min_snr_gamma=0.5), prediction=prediction)
+    plain = loss(networks, MULTI, prediction=prediction)
+    torch.testing.assert_close(weighed, plain * snr_weight(alphas, 0.5, prediction)[timesteps])
+    assert not torch.allclose(weighed, plain)
+
+
+def test_offset_noise_is_the_same_for_all_pixels_of_a_view_and_channel() -> None:
+    shape, positions = (4, 6, 8, 8), list(range(100))
+    plain, offset = (draw(ObjectiveConfig(offset_noise=size), 0, positions, shape, 1000).noise for size in (0, 0.1))
+    added = offset - plain
+    torch.testing.assert_close(added, added[..., :1, :1].expand_as(added), atol=1e-6, rtol=0)
+    assert abs(float(added[..., 0, 0].std()) - 0.1) < 0.005
+
+
+def test_draws_made_ahead_are_those_made_on_the_spot(networks) -> None:
+    unet, encoders = networks
+    scheduler, config = make_scheduler("epsilon", zero_terminal_snr=False), ObjectiveConfig()
+    ahead = batch([3, 8])
+    ahead.drawn = draw(config, 0, [3, 8], (4, *LATENT), 1000)
+    given = (MULTI, config, ModelConfig(), LATENT, 0)
+    values = [training_loss(unet, encoders, scheduler, data, *given)[0] for data in (ahead, batch([3, 8]))]
+    assert torch.equal(*values)

@@ -38,8 +38,11 @@ def test_compiled_and_profiled_it_learns_the_same(tiny, tmp_path) -> None:
 
 
 def test_a_checkpoint_in_the_foreground_is_the_same(quiet, tiny, tmp_path) -> None:
-    done = train(tiny, tmp_path / "run", "checkpoint_in_background=false")
+    more = ["checkpoint_in_background=false", "keep_checkpoints=1", "milestone_every=4"]
+    done = train(tiny, tmp_path / "run", *more)
     assert done.returncode == 0, done.stderr[-3000:]
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step_00000004", "step_00000006"], "the newest, and the milestone"
     assert losses(tmp_path / "run") == losses(quiet)
     states = [
         json.loads((out / "checkpoints" / "step_00000006" / "state.json").read_text())["files"]

@@ -22,13 +22,17 @@ from train.exporting import ExportConfig, export_checkpoint
 from train.networks import initial_unet
 
 
-def test_a_run_leaves_what_it_promises(quiet) -> None:
+def test_a_run_leaves_what_it_promises(quiet, tiny) -> None:
     assert [step for step, _ in losses(quiet)] == [1, 2, 3, 4, 5, 6]
     assert sorted(p.name for p in (quiet / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
     assert (quiet / "samples" / "step_00000006.png").is_file() and (quiet / "config.yaml").is_file()
     model = load_export(quiet / "export")
     assert model.info.stage == 1 and model.info.step == 6 and model.info.num_views == 4
     assert model.info.fov_deg == (40.0, 40.0) and model.info.framing == (0.58, 0.58)
+    parts = {name: load_file(next((tiny / "parts" / name).glob("*.safetensors"))) for name in ("vae", "image_encoder")}
+    for name, before in parts.items():
+        after = getattr(model, name).state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[k], t) for k, t in before.items()), "frozen"
     state = json.loads((quiet / "checkpoints" / "step_00000006" / "state.json").read_text())
     assert state["world_size"] == 2 and state["zero_stage"] == 2
 

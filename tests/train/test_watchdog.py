@@ -23,6 +23,7 @@ def beats(*counts_and_beats: tuple[int, int]) -> dict[int, dict[str, object]]:
         (beats((5, 9), (5, 9), (5, 9)), beats((5, 11), (5, 9), (5, 12)), "no sign of life from rank 1 (host node7"),
         (beats((5, 9), (4, 9), (5, 9)), beats((5, 11), (4, 11), (5, 11)), "behind the others is rank 1 (host node7"),
         (beats((5, 9), (5, 9)), beats((5, 11), (5, 11)), "all 2 ranks are there"),
+        (beats((5, 9)), beats((5, 11)), "its own stack follows"),
     ],
 )
 def test_who_is_to_blame(before, after, words) -> None:
