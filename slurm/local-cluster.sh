@@ -89,7 +89,7 @@ start() {
   slurmctld
   for number in $(seq "$nodes"); do slurmd -N "node$number"; done
   for _ in $(seq 300); do
-    if [ "$(sinfo --noheader --Node --format=%T 2>/dev/null | grep -c '^idle$')" -eq "$nodes" ]; then
+    if [ "$(sinfo --noheader --partition=main --Node --format=%T 2>/dev/null | grep -c '^idle$')" -eq "$nodes" ]; then
       echo "a cluster of $nodes nodes is up:  export SLURM_CONF=$SLURM_CONF"
       return
     fi

@@ -73,14 +73,14 @@ def test_a_job_that_fails_for_its_own_reason_ends(cluster: Cluster, tiny, tmp_pa
 def test_a_preempted_job_saves_and_starts_again(cluster: Cluster, tiny, tmp_path) -> None:
     """By a job of a partition that goes before; SLURM gives the one that has to go a minute."""
     out = tmp_path / "run"
-    given = [*tiny_overrides(tiny), f"out={out}", "steps=60", "checkpoint_every=1000"]
+    given = [*tiny_overrides(tiny), f"out={out}", "steps=300", "checkpoint_every=1000"]
     job = cluster.submit(tmp_path, "--nodes=2", *SMALL, "--exclusive", "slurm/stage1.sbatch", *given)
     job.until(lambda: "step/s" in job.words())
     urgent = cluster.call("sbatch", "--parsable", "--partition=urgent", "--exclusive", "--nodes=2", "--wrap=sleep 1")
     job.until(lambda: "going on from" in job.words())
     assert cluster.job(tmp_path, urgent.strip()).fact("JobState") == "COMPLETED"
     assert job.end() == "COMPLETED 0:0" and "asked to end; saved at step" in job.words()
-    assert [step for step, _ in losses(out)] == list(range(1, 61))
+    assert [step for step, _ in losses(out)] == list(range(1, 301))
 
 
 @pytest.mark.slow
