@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -10,6 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--gpus-per-node=0", "--cpus-per-task=2", "--time=30"]
@@ -66,8 +69,14 @@ class Cluster:
         return Job(self, number, folder / f"{number}.out")
 
     def kill_node(self, name: str) -> None:
-        """SIGKILL of the node's daemon: the controller finds it gone."""
+        """SIGKILL of the node's daemon and of all that runs on it: the controller finds it gone."""
         os.kill(int((self.base / f"slurmd.{name}.pid").read_text()), signal.SIGKILL)
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURMD_NODENAME") == name:
+                    keepers = [one for one in process.parents() if one.name().startswith("slurmstepd")]
+                    for one in (*keepers, process):
+                        one.kill()
 
     def start_node(self, name: str) -> None:
         self.call("bash", "slurm/local-cluster.sh", "node-up", name)
