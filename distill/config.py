@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from conf.cli import check
+from distill.backend import BACKENDS
 from distill.field import FieldConfig
 from distill.volume import VolumeConfig
 from models.config import ReferenceConfig
@@ -130,6 +131,7 @@ class GenerateConfig:
     steps: int = 10_000  # (released)
     seed: int = 0
     device: str = "auto"  # auto takes a CUDA device where there is one
+    backend: str = "auto"  # of the renderer: torch, triton, or auto, which is triton on CUDA
     dtype: str = "auto"  # of the diffusion model: float32, bfloat16; auto is bfloat16 on CUDA, float32 elsewhere
     snapshot_every: int = 500  # steps between snapshots to continue from
     elevation_deg: list[float] | None = None  # low, high; null: what the checkpoint was trained on
@@ -150,6 +152,7 @@ class GenerateConfig:
         check(self.steps >= 1, f"steps={self.steps} must be at least 1")
         check(self.snapshot_every >= 1, f"snapshot_every={self.snapshot_every} must be at least 1")
         check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype} must be auto, float32 or bfloat16")
+        check(self.backend in BACKENDS, f"backend={self.backend} must be one of {', '.join(BACKENDS)}")
         for name in ("elevation_deg", "fov_deg", "framing"):
             ends = getattr(self, name)
             check(

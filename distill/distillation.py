@@ -68,7 +68,7 @@ def render_sets(
         return shade(samples, points, lights[ray // size**2] if lighting.needs_normals else lights[:0], lighting)
 
     jitter = torch.rand(len(origins)).to(device)
-    seen = render(run.field, run.occupancy, origins, directions, jitter, shade=lit)
+    seen = render(run.field, run.occupancy, origins, directions, jitter, shade=lit, density=run.field.density)
     return seen.rgb.view(-1, size, size, 3).permute(0, 3, 1, 2), seen, directions
 
 

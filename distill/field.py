@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.cli import check
-from distill.hashgrid import density_with_slope, grid_layout
+from distill.backend import Backend, choose_backend
+from distill.hashgrid import grid_layout
 
 
 @dataclass
@@ -30,6 +31,7 @@ class FieldConfig:
     hidden: int = 64  # units of the one hidden layer of either network (threestudio's VanillaMLP)
     blob_scale: float = 10.0  # density before softplus at the origin, beside the network's
     blob_std: float = 0.5  # radius at which the blob's share is zero, object units
+    table_reads: str = "float32"  # what the table is rounded to as it is read: float32, float16 or bfloat16
 
     def __post_init__(self) -> None:
         check(self.bound >= 0.5, f"field.bound={self.bound} must be at least 0.5: objects reach that far")
@@ -43,6 +45,10 @@ class FieldConfig:
             f"field.base_resolution={self.base_resolution} must be 2 to field.max_resolution={self.max_resolution}",
         )
         check(self.blob_std > 0, f"field.blob_std={self.blob_std} must be positive")
+        check(
+            self.table_reads in ("float32", "float16", "bfloat16"),
+            f"field.table_reads={self.table_reads} must be float32, float16 or bfloat16",
+        )
 
 
 class FieldSamples(NamedTuple):
@@ -59,9 +65,10 @@ class Field(nn.Module):
     The blob is threestudio's `blob_magic3d` (Magic3D, arXiv 2211.10440, sec. 3.1): optimisation starts from a ball.
     """
 
-    def __init__(self, config: FieldConfig):
+    def __init__(self, config: FieldConfig, backend: Backend | None = None):
         super().__init__()
-        self.config = config
+        self.config, self.backend = config, backend or choose_backend("torch", "cpu")
+        self.reads = getattr(torch, config.table_reads)
         self.layout = grid_layout(
             config.levels, config.features, config.log2_entries, config.base_resolution, config.max_resolution
         )
@@ -78,8 +85,8 @@ class Field(nn.Module):
     def _density(self, points: Tensor, slope: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """points (N, 3), world -> features (N, L F), density (N,), slope of the raw density (N, 3), radius (N, 1)."""
         unit = (points / (2 * self.config.bound) + 0.5).clamp(0, 1)
-        features, raw, raw_slope = density_with_slope(
-            unit, self.table, self.density_in, self.density_out, self.layout, slope
+        features, raw, raw_slope = self.backend.density_with_slope(
+            unit, self.table, self.density_in, self.density_out, self.layout, slope, self.reads
         )
         radius = points.norm(dim=-1, keepdim=True)
         bias = self.config.blob_scale * (1 - radius[:, 0] / self.config.blob_std)

@@ -2,7 +2,7 @@
 
 `encode` is the plain, twice differentiable definition.  `density_with_slope` computes the same features, the density
 network and its exact spatial slope in one pass over the table, with a hand-written backward: one gather and one
-scatter a step, no double backward.  A kernel for another device replaces `density_with_slope` and nothing else.
+scatter a step, no double backward.  distill.kernels has the same for CUDA.
 Shapes: N points, L levels, F features a level, H hidden units, T table entries.
 """
 
@@ -182,12 +182,13 @@ class DensityWithSlope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        points, table, w1, w2, layout, slope = inputs
+        points, table, w1, w2, layout, slope, dtype = inputs
+        table = table.to(dtype or table.dtype).to(table.dtype)
         n, levels, chunk = len(points), len(layout.resolutions), CHUNK[points.device.type]
         scale = torch.tensor(layout.resolutions, dtype=points.dtype, device=points.device)[:, None]
         features, raw = points.new_empty(n, w1.shape[1]), points.new_empty(n)
         slopes = points.new_empty(n, 3) if slope else points.new_empty(0, 3)
-        kept: list[tuple[Tensor, ...]] = []
+        kept: list[Tensor] = []
         for start in range(0, n, chunk):
             here = slice(start, start + chunk)
             rows, f = _locate_features(points[here], layout)
@@ -199,23 +200,24 @@ class DensityWithSlope(torch.autograd.Function):
                 v = _by_level(((hidden > 0).to(w2.dtype) * w2) @ w1, levels).mul_(scale)
                 slopes[here] = (jacobian * v).sum(dim=1).unflatten(-1, (rows.shape[-1], -1)).sum(dim=-1).T
             where = (rows, f) if points.device.type == "cpu" else ()  # there memory is cheaper than integer arithmetic
-            kept.append((*where, jacobian) if slope else where)
-        ctx.save_for_backward(points, table, w1, w2, features)
-        ctx.layout, ctx.slope, ctx.kept = layout, slope, kept
+            kept += [*where, jacobian] if slope else where
+        ctx.save_for_backward(points, table, w1, w2, features, *kept)
+        ctx.layout, ctx.slope = layout, slope
         return features, raw, slopes
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_features: Tensor, d_raw: Tensor, d_slopes: Tensor) -> Any:
-        points, table, w1, w2, features = ctx.saved_tensors
+        points, table, w1, w2, features, *all_kept = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
             raise NotImplementedError("density_with_slope has no gradient in the points; use encode")
+        a_chunk = (2 if points.device.type == "cpu" else 0) + int(ctx.slope)  # tensors kept of each
         layout, levels, chunk = ctx.layout, len(ctx.layout.resolutions), CHUNK[points.device.type]
         scale = torch.tensor(layout.resolutions, dtype=points.dtype, device=points.device)[:, None]
         d_table, d_w1, d_w2 = torch.zeros_like(table), torch.zeros_like(w1), torch.zeros_like(w2)
         for index, start in enumerate(range(0, len(points), chunk)):
             here = slice(start, start + chunk)
-            kept = ctx.kept[index]
+            kept = all_kept[index * a_chunk : (index + 1) * a_chunk]
             rows, f = kept[:2] if len(kept) >= 2 else _locate_features(points[here], layout)
             mask = (features[here] @ w1.T > 0).to(w2.dtype)
             active = mask * w2
@@ -230,7 +232,7 @@ class DensityWithSlope(torch.autograd.Function):
             d_w1.addmm_(active.T, y)
             d_w2 += (mask * (y @ w1.T)).sum(dim=0)
             scatter_add(d_table, rows, interpolate_transposed(d_value, d_slope, f))
-        return None, d_table, d_w1, d_w2, None, None
+        return None, d_table, d_w1, d_w2, None, None, None
 
 
 def _locate_features(points: Tensor, layout: GridLayout) -> tuple[Tensor, Tensor]:
@@ -240,13 +242,19 @@ def _locate_features(points: Tensor, layout: GridLayout) -> tuple[Tensor, Tensor
 
 
 def density_with_slope(
-    points: Tensor, table: Tensor, w1: Tensor, w2: Tensor, layout: GridLayout, slope: bool = True
+    points: Tensor,
+    table: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    layout: GridLayout,
+    slope: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """points (N, 3) in [0, 1], table (T, F), w1 (H, L F), w2 (H,).
 
     Returns features (N, L F), raw density (N,) and its slope d raw / d points (N, 3), or (0, 3) when not asked for.
-    Differentiable in table, w1 and w2; the points are constants.
+    Differentiable in table, w1 and w2; the points are constants.  dtype: that the table is rounded to as it is read.
     """
     assert points.ndim == 2 and points.shape[1] == 3, points.shape
     assert table.shape == (layout.rows, layout.features), (table.shape, layout)
-    return DensityWithSlope.apply(points, table, w1, w2, layout, slope)
+    return DensityWithSlope.apply(points, table, w1, w2, layout, slope, dtype)

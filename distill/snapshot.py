@@ -15,12 +15,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data.files import UserError, atomic_file, content_mark
+from distill.backend import choose_backend
 from distill.config import GenerateConfig
 from distill.field import Field
 from distill.volume import OccupancyGrid
 
 FILE = "snapshot/latest.safetensors"
-FREE_TO_CHANGE = ("checkpoint", "image", "out", "name", "wandb", "device", "snapshot_every", "mesh", "turntable")
+FREE_TO_CHANGE = (
+    "checkpoint",
+    "image",
+    "out",
+    "name",
+    "wandb",
+    "device",
+    "backend",
+    "snapshot_every",
+    "mesh",
+    "turntable",
+)
 
 
 @dataclass
@@ -37,7 +49,8 @@ class Run:
 def new_run(config: GenerateConfig, device: str | torch.device) -> Run:
     """A field in its initial state; the same for the same `config.seed`."""
     torch.manual_seed(config.seed)
-    scene = Field(config.field).to(device)
+    backend = choose_backend(config.backend, device)
+    scene = Field(config.field, backend).to(device)
     groups = scene.parameter_groups(config.optimizer.lr_grid, config.optimizer.lr_network)
     optimizer = torch.optim.AdamW(
         groups,
@@ -45,7 +58,7 @@ def new_run(config: GenerateConfig, device: str | torch.device) -> Run:
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
     )
-    return Run(scene, OccupancyGrid(config.field.bound, config.volume, device), optimizer)
+    return Run(scene, OccupancyGrid(config.field.bound, config.volume, device, backend), optimizer)
 
 
 def identity(config: GenerateConfig, checkpoint: Path, image: Path) -> str:

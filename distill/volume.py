@@ -1,7 +1,7 @@
 """From rays to pictures: an occupancy grid says where to look, the field is asked there, and the light is added up.
 
 Only samples in occupied cells exist ("packed": one flat list for all rays, ordered by ray and then by distance), as in
-nerfacc (arXiv 2305.04966).  Backends other than plain torch would replace `march` and `volume_weights`.
+nerfacc (arXiv 2305.04966).  distill.kernels has `march` and `volume_weights` for CUDA.
 Shapes: R rays, N live samples, G grid cells a side.
 """
 
@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from conf.cli import check
+from distill.backend import Backend, choose_backend
 from distill.field import FieldSamples
 
 Shade = Callable[[FieldSamples, Tensor, Tensor], Tensor]  # (samples, points (N, 3), ray (N,)) -> colour (N, 3)
@@ -36,6 +38,9 @@ class VolumeConfig:
     occupancy_decay: float = 0.95  # of a vertex's remembered density per update
     occupancy_every: int = 16  # steps between updates
     background: float = 1.0  # grey level behind the object: 1 is white
+    stop_below: float = 1e-4  # training leaves out samples to which less of the light gets; 0: none
+    # Live samples differentiated at once; views with more are rendered in pieces, and each again on the way back.
+    samples_at_once: int = 2**21
 
     def __post_init__(self) -> None:
         check(self.samples_per_ray >= 8, f"volume.samples_per_ray={self.samples_per_ray} must be at least 8")
@@ -45,6 +50,8 @@ class VolumeConfig:
         )
         check(0 < self.occupancy_decay < 1, f"volume.occupancy_decay={self.occupancy_decay} must lie between 0 and 1")
         check(self.occupancy_every >= 1, f"volume.occupancy_every={self.occupancy_every} must be at least 1")
+        check(0 <= self.stop_below < 1, f"volume.stop_below={self.stop_below} must lie in [0, 1)")
+        check(self.samples_at_once >= 1024, f"volume.samples_at_once={self.samples_at_once} must be at least 1024")
 
     def step(self, bound: float) -> float:
         """Distance between samples, object units."""
@@ -58,7 +65,10 @@ class OccupancyGrid:
     when one of its 8 vertices is.  So everything in a live cell or within half a cell of it has been seen.
     """
 
-    def __init__(self, bound: float, config: VolumeConfig, device: str | torch.device = "cpu"):
+    def __init__(
+        self, bound: float, config: VolumeConfig, device: str | torch.device = "cpu", backend: Backend | None = None
+    ):
+        self.backend = backend or choose_backend("torch", "cpu")
         self.bound, self.config, self.step = bound, config, config.step(bound)
         g = config.occupancy_resolution
         self.density = torch.zeros(g + 1, g + 1, g + 1, device=device)
@@ -112,19 +122,25 @@ class Samples(NamedTuple):
     t: Tensor  # (N,) distance from the ray's origin, object units
 
 
+def box_ends(origins: Tensor, directions: Tensor, occupancy: OccupancyGrid) -> tuple[Tensor, Tensor, int]:
+    """Where rays enter and leave the box around the live cells (R,); far <= near: never.  Steps of the longest way."""
+    inverse = 1 / torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)
+    ends = torch.stack([(occupancy.low - origins) * inverse, (occupancy.high - origins) * inverse])  # (2, R, 3)
+    near, far = ends.amin(dim=0).amax(dim=-1).clamp(min=0), ends.amax(dim=0).amin(dim=-1)
+    longest = float((far - near).amax()) if len(origins) else 0.0
+    return near, far, max(math.ceil(longest / occupancy.step), 0)
+
+
 @torch.no_grad()
 def march(origins: Tensor, directions: Tensor, occupancy: OccupancyGrid, jitter: Tensor) -> Samples:
     """Samples one step apart along each ray, where the grid is live.
 
     origins, unit directions (R, 3); jitter (R,) in [0, 1): where in its steps a ray's samples lie (0.5 the middles).
     """
-    inverse = 1 / torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)
-    ends = torch.stack([(occupancy.low - origins) * inverse, (occupancy.high - origins) * inverse])  # (2, R, 3)
-    near, far = ends.amin(dim=0).amax(dim=-1).clamp(min=0), ends.amax(dim=0).amin(dim=-1)
+    near, far, steps = box_ends(origins, directions, occupancy)
     (hit,) = (far > near).nonzero(as_tuple=True)
-    if len(hit) == 0:
+    if steps == 0:
         return Samples(hit, near[:0])
-    steps = math.ceil(float((far - near)[hit].amax()) / occupancy.step)
     parts = [
         _march_some(rays, origins, directions, near, far, occupancy, jitter, steps)
         for rays in hit.split(max(1, MARCH_ELEMENTS[origins.device.type] // steps))
@@ -183,13 +199,18 @@ class VolumeWeights(torch.autograd.Function):
         return (gradient * transmitted - later).to(gradient.dtype), None, None
 
 
+def ray_ends(ray: Tensor, num_rays: int) -> tuple[Tensor, Tensor]:
+    """ray (N,) ascending -> numbers of the first and of the last sample of each sample's ray (N,)."""
+    counts = torch.bincount(ray, minlength=num_rays)
+    ends = counts.cumsum(0)
+    return (ends - counts)[ray], ends[ray] - 1
+
+
 def volume_weights(density: Tensor, ray: Tensor, num_rays: int, step: float) -> Tensor:
     """density (N,), ray (N,) ascending -> each sample's share of its ray's colour (N,)."""
     if len(ray) == 0:
         return density
-    counts = torch.bincount(ray, minlength=num_rays)
-    ends = counts.cumsum(0)
-    return VolumeWeights.apply(density * step, (ends - counts)[ray], ends[ray] - 1)
+    return VolumeWeights.apply(density * step, *ray_ends(ray, num_rays))
 
 
 @dataclass
@@ -219,19 +240,76 @@ def render(
     jitter: Tensor,
     shade: Shade = albedo_only,
     normals: bool = True,
+    density: Density | None = None,
 ) -> Rendering:
-    """origins, unit directions (R, 3), jitter (R,) in [0, 1)."""
+    """origins, unit directions (R, 3), jitter (R,) in [0, 1).
+
+    density: the field's; with it, what lies behind opaque samples is left out (`stop_below`).
+    """
     assert origins.shape == directions.shape and jitter.shape == origins.shape[:1], (origins.shape, jitter.shape)
-    rays = len(origins)
-    ray, t = march(origins, directions, occupancy, jitter)
+    samples = occupancy.backend.march(origins, directions, occupancy, jitter)
+    if density is not None and occupancy.config.stop_below > 0:
+        samples = visible(samples, density, origins, directions, occupancy)
+
+    def some(rays: range, ray: Tensor, t: Tensor) -> Rendering:
+        return render_samples(field, occupancy, origins, directions, rays, Samples(ray, t), shade, normals)
+
+    pieces = in_pieces(samples, len(origins), occupancy.config.samples_at_once)
+    if len(pieces) == 1:
+        return some(*pieces[0])
+    seen = [checkpoint(some, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return Rendering(*(torch.cat([getattr(one, part.name) for one in seen]) for part in fields(Rendering)))
+
+
+@torch.no_grad()
+def visible(
+    samples: Samples, density: Density, origins: Tensor, directions: Tensor, occupancy: OccupancyGrid
+) -> Samples:
+    """Without the samples to which less than `stop_below` of the light gets."""
+    if len(samples.ray) == 0:
+        return samples
+    points = origins[samples.ray] + directions[samples.ray] * samples.t[:, None]
+    tau = query(density, points) * occupancy.step
+    first, _ = ray_ends(samples.ray, len(origins))
+    before = tau.double().cumsum(0) - tau
+    kept = before - before[first] < -math.log(occupancy.config.stop_below)
+    return Samples(samples.ray[kept], samples.t[kept])
+
+
+def in_pieces(samples: Samples, rays: int, most: int) -> list[tuple[range, Tensor, Tensor]]:
+    """Whole rays with at most so many samples together (a single ray may have more): (rays, ray (N,), t (N,)) each."""
+    if len(samples.ray) <= most:
+        return [(range(rays), *samples)]
+    ends = torch.bincount(samples.ray, minlength=rays).cumsum(0).cpu()
+    pieces, first, done = [], 0, 0
+    while first < rays:
+        last = max(int(torch.searchsorted(ends, done + most, right=True)), first + 1)
+        stop = int(ends[last - 1])
+        pieces.append((range(first, last), samples.ray[done:stop], samples.t[done:stop]))
+        first, done = last, stop
+    return pieces
+
+
+def render_samples(
+    field: Callable[..., FieldSamples],
+    occupancy: OccupancyGrid,
+    origins: Tensor,
+    directions: Tensor,
+    rays: range,
+    samples: Samples,
+    shade: Shade,
+    normals: bool,
+) -> Rendering:
+    """What `rays` of all origins and directions (R, 3) see at their samples."""
+    ray, t = samples
     points = origins[ray] + directions[ray] * t[:, None]
-    samples = field(points, normals=normals)
-    weights = volume_weights(samples.density, ray, rays, occupancy.step)
+    asked = field(points, normals=normals)
+    weights = occupancy.backend.volume_weights(asked.density, ray - rays.start, len(rays), occupancy.step)
     # colour (3), opacity, distance, its square, normal (3): one segmented sum for all
-    columns = [shade(samples, points, ray), torch.ones_like(t)[:, None], t[:, None], t.square()[:, None]]
-    columns += [samples.normal] if normals else []
+    columns = [shade(asked, points, ray), torch.ones_like(t)[:, None], t[:, None], t.square()[:, None]]
+    columns += [asked.normal] if normals else []
     features = torch.cat(columns, dim=-1)
-    sums = features.new_zeros(rays, features.shape[1]).index_add(0, ray, weights[:, None] * features)
+    sums = features.new_zeros(len(rays), features.shape[1]).index_add(0, ray - rays.start, weights[:, None] * features)
     opacity = sums[:, 3]
     covered = opacity.clamp(min=1e-5)
     depth = sums[:, 4] / covered
@@ -239,10 +317,10 @@ def render(
         rgb=sums[:, :3] + (1 - opacity[:, None]) * occupancy.config.background,
         opacity=opacity,
         depth=depth,
-        normal=sums[:, 6:] if normals else torch.zeros_like(origins),
+        normal=sums[:, 6:] if normals else origins.new_zeros(len(rays), 3),
         depth_variance=(sums[:, 5] / covered - depth.square()).clamp(min=0),
         ray=ray,
         weights=weights,
-        density=samples.density,
-        normals=samples.normal,
+        density=asked.density,
+        normals=asked.normal,
     )

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from analytic_scenes import Ball, Snowman
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.cameras import camera_rays, orbit_camera
 from distill.field import Field, FieldConfig, FieldSamples
 from distill.turntable import render_views, ring
-from distill.volume import OccupancyGrid, VolumeConfig, march, render, volume_weights
+from distill.volume import OccupancyGrid, Samples, VolumeConfig, in_pieces, march, render, volume_weights
 from models.image_metrics import psnr
 
 
@@ -136,3 +138,63 @@ def test_a_field_fitted_to_pictures_shows_unseen_views() -> None:
     reference = render_views(scene, truth, held_out, 40.0, 32).rgb
     result = float(psnr(render_views(field, grid, held_out, 40.0, 32).rgb, reference).mean())
     assert result > 24, f"held-out PSNR {result:.1f} dB"
+
+
+def small_field() -> Field:
+    torch.manual_seed(0)
+    field = Field(FieldConfig(bound=0.6, levels=4, log2_entries=10, base_resolution=4, max_resolution=32, hidden=16,
+                              blob_scale=20.0, blob_std=0.3))  # fmt: skip
+    torch.nn.init.uniform_(field.table, -0.5, 0.5)
+    return field
+
+
+def seen_with(field: Field, most: int, **more: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What 2 views of 24 px show with so many samples at once, and the gradients of a sum over all of it."""
+    field.zero_grad()
+    torch.manual_seed(0)
+    grid = OccupancyGrid(0.6, VolumeConfig(samples_per_ray=128, samples_at_once=most, occupancy_resolution=16, **more))
+    grid.update(field.density)
+    rays = camera_rays(orbit_camera(torch.tensor([0.0, 130]), torch.tensor(20.0), 2.0), torch.full((2,), 40.0), 24, 24)
+    origins, directions = (x.reshape(-1, 3) for x in rays)
+    lights = torch.randn(len(origins), 3)
+
+    def lit(samples: FieldSamples, points: torch.Tensor, ray: torch.Tensor) -> torch.Tensor:
+        return samples.albedo * (samples.normal * lights[ray]).sum(dim=-1, keepdim=True).sigmoid()
+
+    seen = render(field, grid, origins, directions, torch.rand(len(origins)), shade=lit, density=field.density)
+    out = [seen.rgb, seen.opacity, seen.depth, seen.normal, seen.depth_variance, seen.weights, seen.normals]
+    torch.manual_seed(1)
+    sum((one * torch.randn(one.shape)).sum() for one in out).backward()
+    return [*out, seen.ray], [p.grad.clone() for p in field.parameters()]
+
+
+def test_in_pieces_it_is_the_same_picture_with_the_same_gradients() -> None:
+    field = small_field()
+    whole, parted = seen_with(field, 2**20), seen_with(field, 1024)
+    assert len(whole[0][0]) == 1152 and len(whole[0][-1]) > 3 * 1024, "there are pieces"
+    for one, other in zip(whole[0], parted[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for one, other in zip(whole[1], parted[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.integers(1, 60))
+def test_pieces_are_whole_rays_that_fit(counts: list[int], most: int) -> None:
+    ray = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    samples = Samples(ray, torch.arange(len(ray)).float())
+    pieces = in_pieces(samples, len(counts), most)
+    assert [r for rays, _, _ in pieces for r in rays] == list(range(len(counts)))
+    assert torch.equal(torch.cat([t for _, _, t in pieces]), samples.t)
+    for rays, rows, _ in pieces:
+        assert len(rows) <= most or len(rays) == 1
+        assert all(int(row) in rays for row in rows)
+
+
+def test_what_no_light_reaches_is_left_out_and_not_missed() -> None:
+    field = small_field()
+    field.config.blob_scale = 200.0  # opaque
+    everything, stopped = seen_with(field, 2**20, stop_below=0.0), seen_with(field, 2**20, stop_below=1e-4)
+    assert len(stopped[0][-1]) < 0.8 * len(everything[0][-1])
+    for one, other in zip(everything[0][:4], stopped[0][:4], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
