@@ -121,17 +121,35 @@ class TurntableConfig:
         check(self.size >= 16 and self.size % 16 == 0, f"turntable.size={self.size} must be a multiple of 16 (video)")
 
 
+def joined_words(words: list[str]) -> list[str]:
+    """Command-line words with those that are pictures, neither key=value nor an option, put into one override."""
+    options = {"-c", "--cfg", "-p", "--package", "-cn", "--config-name", "-cd", "--config-dir", "-cp", "--config-path"}
+    images = [word for before, word in zip(["", *words], words, strict=False)
+              if "=" not in word and not word.startswith("-") and before not in options]  # fmt: skip
+    if not images:
+        return words
+    return [*(word for word in words if word not in images), f"more_images=[{','.join(map(quoted, images))}]"]
+
+
+def quoted(word: str) -> str:
+    """As Hydra reads a value with spaces or signs in it."""
+    return "'" + word.replace("'", "\\'") + "'"
+
+
 @dataclass
 class GenerateConfig:
     checkpoint: str = MISSING  # export/ folder of a training run
-    image: str = MISSING  # picture of the object; only its embedding is used
-    out: str = MISSING  # folder for the results; a run found there is continued
+    image: str = MISSING  # picture of the object; only its embedding is used.  Or a folder of pictures
+    more_images: list[str] = field(default_factory=list)  # further ones: the words without "=" on the command line
+    out: str = MISSING  # folder for the results, with one below it for each of several images; a run there is continued
+    objects_at_once: int = 1  # images that share a batch of the diffusion model: faster where memory permits
     name: str = "isotropic3d"  # of the pipeline, as its stages have it; W&B shows them together
     wandb: WandbConfig = field(default_factory=lambda: WandbConfig(mode="disabled"))
     steps: int = 10_000  # (released)
     seed: int = 0
     device: str = "auto"  # auto takes a CUDA device where there is one
     backend: str = "auto"  # of the renderer: torch, triton, or auto, which is triton on CUDA
+    compile: str | None = "auto"  # torch.compile's backend for the diffusion model; auto: inductor on CUDA; null: none
     dtype: str = "auto"  # of the diffusion model: float32, bfloat16; auto is bfloat16 on CUDA, float32 elsewhere
     snapshot_every: int = 500  # steps between snapshots to continue from
     elevation_deg: list[float] | None = None  # low, high; null: what the checkpoint was trained on
@@ -150,6 +168,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check(self.steps >= 1, f"steps={self.steps} must be at least 1")
+        check(self.objects_at_once >= 1, f"objects_at_once={self.objects_at_once} must be at least 1")
         check(self.snapshot_every >= 1, f"snapshot_every={self.snapshot_every} must be at least 1")
         check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype} must be auto, float32 or bfloat16")
         check(self.backend in BACKENDS, f"backend={self.backend} must be one of {', '.join(BACKENDS)}")

@@ -72,21 +72,58 @@ def render_sets(
     return seen.rgb.view(-1, size, size, 3).permute(0, 3, 1, 2), seen, directions
 
 
+@dataclass
+class Look:
+    """What one object shows at one step, and all that is drawn at random for it."""
+
+    pictures: Tensor  # (B V, 3, S, S) in [0, 1], of the model's size
+    seen: Rendering
+    directions: Tensor  # (R, 3)
+    c2w: Tensor  # (B, V, 4, 4)
+    resolution: int  # that it was rendered in
+    t: int  # timestep
+    noise: Tensor  # (B, V, C, h, w)
+    posterior: Tensor  # (B V, C, h, w): the autoencoder's own draw
+
+
+def look(run: Run, model: MultiViewModel, ranges: CameraRanges, config: GenerateConfig) -> Look:
+    """Renders the object from a few sets of cameras.  Every random draw is keyed by (seed, step)."""
+    progress = run.step / config.steps
+    torch.manual_seed((config.seed + 1) * 1_000_003 + run.step)
+    size, sets = config.schedule.at(progress)
+    c2w, fov_deg = random_cameras(sets, model.info.num_views, ranges.elevation_deg, ranges.fov_deg, ranges.framing)
+    ambient_only = progress < config.light.ambient_share
+    lighting = random_lighting(ambient_only, config.light.diffuse_prob, config.light.textureless_prob)
+    pictures, seen, directions = render_sets(run, c2w, fov_deg, size, lighting)
+    full = F.interpolate(pictures, (model.info.image_size,) * 2, mode="bilinear", align_corners=False)
+    low, high = sds.timestep_range(
+        progress, config.guidance.t_lowest, config.guidance.t_highest, config.guidance.anneal_share
+    )
+    t = int(torch.randint(low, high + 1, ()))
+    noise, posterior = torch.randn(2, *c2w.shape[:2], *model.latent_shape).to(full)
+    return Look(full, seen, directions, c2w, size, t, noise, posterior.flatten(0, 1))
+
+
 @torch.no_grad()
 def denoised(
-    model: MultiViewModel, latents: Tensor, context: Tensor, c2w: Tensor, config: GenerateConfig, t: int
+    model: MultiViewModel, looks: list[Look], latents: Tensor, contexts: list[Tensor], config: GenerateConfig
 ) -> Tensor:
-    """What the model makes of the noised latents (B, V, C, h, w): guided x0.  context (1, T, D)."""
-    sets = len(latents)
+    """What the model makes of the noised latents (B, V, C, h, w) of all objects together: guided x0.
+
+    contexts: (1, T, D) of each object.
+    """
     scheduler: Any = model.scheduler
-    alpha_bar = scheduler.alphas_cumprod[t].to(latents)
-    noisy = sds.add_noise(latents, torch.randn(latents.shape).to(latents), alpha_bar)
-    camera = camera_conditioning(c2w, model.info.camera).to(latents)
+    sets = [len(one.c2w) for one in looks]
+    t = torch.tensor([one.t for one, count in zip(looks, sets, strict=True) for _ in range(count)])
+    context = torch.cat([one.expand(count, -1, -1) for one, count in zip(contexts, sets, strict=True)])
+    alpha_bar = scheduler.alphas_cumprod[t].to(latents)[:, None, None, None, None]
+    noisy = sds.add_noise(latents, torch.cat([one.noise for one in looks]), alpha_bar)
+    camera = camera_conditioning(torch.cat([one.c2w for one in looks]), model.info.camera).to(latents)
     conditional, unconditional = predict_noise_output(
         model.unet,
         torch.cat([noisy, noisy]),
-        torch.full((2 * sets,), t, device=latents.device),
-        torch.cat([context.expand(sets, -1, -1), torch.zeros_like(context).expand(sets, -1, -1)]),
+        torch.cat([t, t]).to(latents.device),
+        torch.cat([context, torch.zeros_like(context)]),
         torch.cat([camera, camera]),
     ).chunk(2)
     return sds.reconstruction_target(
@@ -100,40 +137,34 @@ def denoised(
     )
 
 
-def distillation_loss(
-    run: Run, model: MultiViewModel, context: Tensor, ranges: CameraRanges, config: GenerateConfig
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The weighted losses of step `run.step`, and facts about it.  Every random draw is keyed by (seed, step)."""
-    progress = run.step / config.steps
-    torch.manual_seed((config.seed + 1) * 1_000_003 + run.step)
-
-    # Look at the scene from a few sets of cameras
-    size, sets = config.schedule.at(progress)
-    c2w, fov_deg = random_cameras(sets, model.info.num_views, ranges.elevation_deg, ranges.fov_deg, ranges.framing)
-    ambient_only = progress < config.light.ambient_share
-    lighting = random_lighting(ambient_only, config.light.diffuse_prob, config.light.textureless_prob)
-    pictures, seen, directions = render_sets(run, c2w, fov_deg, size, lighting)
+def distillation_losses(
+    runs: list[Run], model: MultiViewModel, contexts: list[Tensor], ranges: CameraRanges, config: GenerateConfig
+) -> list[tuple[dict[str, Tensor], dict[str, float]]]:
+    """Of each object at its step the weighted losses, and facts.  The diffusion model sees all objects in one batch."""
+    # Look at the scenes
+    looks = [look(run, model, ranges, config) for run in runs]
 
     # Ask the diffusion model what the pictures should have been
-    full = F.interpolate(pictures, (model.info.image_size,) * 2, mode="bilinear", align_corners=False)
-    latents = encode_images(model.vae, full * 2 - 1, sample=True).unflatten(0, c2w.shape[:2])
-    low, high = sds.timestep_range(
-        progress, config.guidance.t_lowest, config.guidance.t_highest, config.guidance.anneal_share
-    )
-    t = int(torch.randint(low, high + 1, ()))
-    target = denoised(model, latents.detach(), context, c2w, config, t)
+    pictures, posterior = (torch.cat([getattr(one, name) for one in looks]) for name in ("pictures", "posterior"))
+    latents = encode_images(model.vae, pictures * 2 - 1, noise=posterior).unflatten(0, (-1, model.info.num_views))
+    targets = denoised(model, looks, latents.detach(), contexts, config)
 
-    # Pull towards it, and keep the scene well behaved
-    losses = {"sds": config.loss.sds * sds.reconstruction_loss(latents, target)}
-    weights = {
-        "orientation": sds.ramp(progress, config.loss.orientation, config.loss.orientation_share),
-        "sparsity": config.loss.sparsity,
-        "opaque": config.loss.opaque,
-        "depth_variance": config.loss.depth_variance,
-    }
-    losses |= sds.regularization(seen, directions, weights)
-    facts = {"t": t, "resolution": size, "opacity": seen.opacity.mean().item(), "samples": len(seen.ray)}
-    return losses, facts
+    # Pull each towards it, and keep the scenes well behaved
+    sets = [len(one.c2w) for one in looks]
+    results = []
+    for run, one, own, target in zip(runs, looks, latents.split(sets), targets.split(sets), strict=True):
+        weights = {
+            "orientation": sds.ramp(run.step / config.steps, config.loss.orientation, config.loss.orientation_share),
+            "sparsity": config.loss.sparsity,
+            "opaque": config.loss.opaque,
+            "depth_variance": config.loss.depth_variance,
+        }
+        losses = {"sds": config.loss.sds * sds.reconstruction_loss(own, target)}
+        losses |= sds.regularization(one.seen, one.directions, weights)
+        facts = {"t": one.t, "resolution": one.resolution, "opacity": one.seen.opacity.mean().item(),
+                 "samples": len(one.seen.ray)}  # fmt: skip
+        results.append((losses, facts))
+    return results
 
 
 def distil(
@@ -144,46 +175,86 @@ def distil(
     identity: str,
     monitor: Monitor | None = None,
 ) -> int:
-    """Runs the steps that are left.  Returns the signal that cut them short, or 0.
+    """`distil_together` of one object.  UserError when its loss is no number any more."""
+    scene = Scene(run, context, Path(config.out), identity, monitor)
+    stopped_by = distil_together([scene], model, config)
+    if scene.failed:
+        raise UserError(scene.failed)
+    return stopped_by
 
-    context (1, T, D).  Snapshots go to `config.out`; UserError when the loss is no number any more.
+
+@dataclass
+class Scene:
+    """One of the objects that are distilled together."""
+
+    run: Run
+    context: Tensor  # (1, T, D)
+    out: Path  # where its snapshots go
+    identity: str
+    monitor: Monitor | None = None
+    failed: str = ""  # why it was given up
+
+    def save(self) -> None:
+        save_snapshot(self.out / FILE, self.run, self.identity)
+
+
+def distil_together(scenes: list[Scene], model: MultiViewModel, config: GenerateConfig) -> int:
+    """Runs the steps that each object lacks.  Returns the signal that cut them short, or 0.
+
+    An object whose loss is no number any more is given up, with a snapshot of its last sound step; the others go on.
     """
     ranges = camera_ranges(config, model.info)
-    snapshot = Path(config.out) / FILE
-    with StopSignals() as stop, Progress("distil", config.steps, "step", start=run.step) as progress:
-        while run.step < config.steps and not stop.signal:
-            # Where is there anything to see
-            if run.step % config.volume.occupancy_every == 0:
-                torch.manual_seed((config.seed + 1) * 1_000_003 + run.step)
-                run.occupancy.update(run.field.density)
-
-            # One step
-            losses, facts = distillation_loss(run, model, context, ranges, config)
-            total = torch.stack(list(losses.values())).sum()
-            run.optimizer.zero_grad()
-            total.backward()
-            require_finite(run, losses)
-            run.optimizer.step()
-
-            # Keep account
-            run.losses.append(
-                {"step": run.step, "loss": total.item(), **{k: v.item() for k, v in losses.items()}, **facts}
-            )
-            run.step += 1
-            progress.update(1, loss=f"{total.item():.3g}", opacity=f"{facts['opacity']:.3f}")
-            if monitor is not None and run.step % LOG_EVERY == 0:
-                monitor.log(run.step, {name: value for name, value in run.losses[-1].items() if name != "step"})
-            if run.step % config.snapshot_every == 0:
-                save_snapshot(snapshot, run, identity)
-        save_snapshot(snapshot, run, identity)
+    start = min(scene.run.step for scene in scenes)
+    with StopSignals() as stop, Progress("distil", config.steps, "step", start=start) as progress:
+        while not stop.signal:
+            going = [scene for scene in scenes if not scene.failed and scene.run.step < config.steps]
+            if not going:
+                break
+            step_together(going, model, ranges, config)
+            last = [scene.run.losses[-1] for scene in going if not scene.failed]
+            if last:
+                means = {name: sum(one[name] for one in last) / len(last) for name in ("loss", "opacity")}
+                progress.update(min(scene.run.step for scene in going if not scene.failed) - progress.done,
+                                loss=f"{means['loss']:.3g}", opacity=f"{means['opacity']:.3f}")  # fmt: skip
+            for scene in going:
+                if scene.run.step % config.snapshot_every == 0 or scene.failed:
+                    scene.save()
+        for scene in scenes:
+            scene.save()
     return stop.signal
+
+
+def step_together(scenes: list[Scene], model: MultiViewModel, ranges: CameraRanges, config: GenerateConfig) -> None:
+    """One step of each object's optimizer."""
+    for run in (scene.run for scene in scenes):  # where is there anything to see
+        if run.step % config.volume.occupancy_every == 0:
+            torch.manual_seed((config.seed + 1) * 1_000_003 + run.step)
+            run.occupancy.update(run.field.density)
+    contexts = [scene.context for scene in scenes]
+    found = distillation_losses([scene.run for scene in scenes], model, contexts, ranges, config)
+    totals = [torch.stack(list(losses.values())).sum() for losses, _ in found]
+    for scene in scenes:
+        scene.run.optimizer.zero_grad()
+    torch.stack(totals).sum().backward()
+    for scene, (losses, facts), total in zip(scenes, found, totals, strict=True):
+        run = scene.run
+        try:
+            require_finite(run, losses)
+        except UserError as error:
+            scene.failed = str(error)
+            continue
+        run.optimizer.step()
+        run.losses.append({"step": run.step, "loss": total.item(), **{k: v.item() for k, v in losses.items()}, **facts})
+        run.step += 1
+        if scene.monitor is not None and run.step % LOG_EVERY == 0:
+            scene.monitor.log(run.step, {name: value for name, value in run.losses[-1].items() if name != "step"})
 
 
 def require_finite(run: Run, losses: dict[str, Tensor]) -> None:
     """UserError before a loss or gradient that is no number can reach the weights."""
     bad = [name for name, value in losses.items() if not bool(torch.isfinite(value))]
-    bad += [
-        f"gradient of {name}"
+    bad = bad or [
+        f"the gradient of {name}"
         for name, parameter in run.field.named_parameters()
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad.sum()))
     ]

@@ -1,19 +1,23 @@
-"""An image to a mesh: `python distill/generate.py checkpoint=runs/mine/stage2/export image=chair.png out=runs/chair`.
+"""Images to meshes: `python distill/generate.py checkpoint=runs/mine/stage2/export image=chair.png out=runs/chair`.
 
-Writes into `out`: config.yaml, snapshot/, mesh.glb, turntable.mp4, views.png, losses.json and result.json.  A run that
-was killed goes on when the same command is given again.  Ctrl-C ends the optimisation and still makes the mesh.
+Writes into `out`: config.yaml, snapshot/, mesh.glb, turntable.mp4, views.png, report.html, losses.json and result.json.
+A run that was killed goes on when the same command is given again.  Ctrl-C once ends the optimisation and still makes
+the mesh, twice stops.  `image=chair.png lamp.png ...`, or image= of a folder, makes one folder an image below `out`.
 """
 
+import sys
+
 from conf.cli import run
-from distill.config import GenerateConfig
+from distill.config import GenerateConfig, joined_words
 
 
 def main(config: GenerateConfig) -> None:
     # Imported here, so that --help and a wrong configuration do not wait for diffusers.
-    from distill.image_to_mesh import image_to_mesh
+    from distill.many import generate
 
-    image_to_mesh(config)
+    generate(config)
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = joined_words(sys.argv[1:])
     run(GenerateConfig, "distill/generate", main)

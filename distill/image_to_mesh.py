@@ -1,102 +1,169 @@
-"""What `distill/generate.py` does: a checkpoint and an image in, everything in `out` out."""
+"""A checkpoint and images in, everything in each one's `out` out; several images share the diffusion model's batch."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
-from data.files import atomic_file, read_json, require_writable, write_json
+from data.files import UserError, atomic_file, read_json, require_writable, write_json
 from data.processes import REQUEUE, locked
 from distill.config import GenerateConfig
-from distill.distillation import LEAVE, camera_ranges, distil
+from distill.distillation import LEAVE, Scene, camera_ranges, distil_together
 from distill.mesh import extract_mesh, save_glb
+from distill.page import write_page
 from distill.snapshot import FILE, identity, load_snapshot, new_run
 from distill.turntable import save_turntable
-from models.checkpoint import load_export, read_info
+from models.checkpoint import MultiViewModel, load_export, read_info
 from models.device import choose_device
 from models.image_encoder import embed_image
 from models.reference_image import load_reference_image
 from monitor.monitor import Monitor
 
 
-def image_to_mesh(config: GenerateConfig) -> None:
-    """Writes config.yaml, snapshot/, mesh.glb, turntable.mp4, views.png, losses.json and result.json into `config.out`.
+@dataclass
+class Job:
+    """One image, checked, on its way to a mesh."""
 
-    UserError before anything is paid for when checkpoint, image, device or folder will not do.
+    config: GenerateConfig
+    image: Tensor  # (3, H, W) in [0, 1]
+    mark: str  # of all that the field depends on
+    began: float  # time.monotonic()
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def made_of(self) -> str:
+        """A hash of all that the mesh and the pictures of it depend on."""
+        return hashlib.sha256(f"{self.mark} {self.config.mesh} {self.config.turntable}".encode()).hexdigest()
+
+
+def images_to_meshes(configs: Sequence[GenerateConfig]) -> dict[str, str]:
+    """Writes config.yaml, snapshot/, mesh.glb, turntable.mp4, views.png, report.html, losses.json and result.json into
+    each `out`.  The configurations differ in `image` and `out` alone.
+
+    Returns why some have no mesh: {out: words}.  UserError before anything is paid for when the checkpoint or the
+    device will not do, or when there is one image and it will not.
     """
-    device, dtype = choose_device(config.device, config.dtype)
-    read_info(config.checkpoint)
-    image = load_reference_image(config.image, config.reference)
-    require_writable(config.out, needed_mb=64)
-    with locked(Path(config.out)):
-        run_to_the_mesh(config, image, device, dtype)
+    shared = configs[0]
+    device, dtype = choose_device(shared.device, shared.dtype)
+    read_info(shared.checkpoint)
+    failed: dict[str, str] = {}
+    with contextlib.ExitStack() as locks:
+        jobs = []
+        for config in configs:
+            with given_up(config, failed, len(configs)):
+                image = load_reference_image(config.image, config.reference)
+                require_writable(config.out, needed_mb=64)
+                locks.enter_context(locked(Path(config.out)))
+                mark = identity(config, Path(config.checkpoint), Path(config.image))
+                job = Job(config, image, mark, time.monotonic())
+                if (job.out / "mesh.glb").is_file() and result_of(job.out) == job.made_of:
+                    print(f"{job.out / 'mesh.glb'} is finished; nothing to do")
+                else:
+                    jobs.append(job)
+        if jobs:
+            failed |= distil_and_mesh(jobs, device, dtype)
+    return failed
 
 
-def run_to_the_mesh(config: GenerateConfig, image: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    """image (3, H, W) in [0, 1]; goes on from the snapshot in `config.out` if there is one."""
-    began, out, checkpoint = time.monotonic(), Path(config.out), Path(config.checkpoint)
-    mark = identity(config, checkpoint, Path(config.image))
-    wanted = made_of(config, mark)
-    if (out / "mesh.glb").is_file() and result_of(out) == wanted:
-        print(f"{out / 'mesh.glb'} is finished; nothing to do")
-        return
-    model = load_export(checkpoint, device, dtype)
-    run = new_run(config, device)
-    continued = load_snapshot(out / FILE, run, mark)
-    with atomic_file(out / "config.yaml") as temporary:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+@contextlib.contextmanager
+def given_up(config: GenerateConfig, failed: dict[str, str], count: int) -> Any:
+    """A UserError of the block costs this image alone, unless it is the only one."""
+    try:
+        yield
+    except UserError as error:
+        if count == 1:
+            raise
+        failed[config.out] = str(error)
+        print(f"error: {config.image}: {error}", flush=True)
 
-    # The picture becomes its embedding, and is not needed again
-    with torch.no_grad():
-        context = embed_image(model.image_encoder, image[None]).to(device)
-    del image
-    ready, first = time.monotonic(), run.step
 
-    monitor = watch(config, run.step)
-    stopped_by = distil(run, model, context, config, mark, monitor)
-    write_json(out / "losses.json", run.losses)
+def distil_and_mesh(jobs: list[Job], device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Goes on from the snapshots in each `out` where there are any."""
+    shared, failed = jobs[0].config, dict[str, str]()
+    model = load_export(shared.checkpoint, device, dtype, decoder=False)
+    compiled = ("inductor" if device.type == "cuda" else None) if shared.compile == "auto" else shared.compile
+    if compiled is not None:
+        model.unet.compile(backend=compiled)
+        model.vae.encoder.compile(backend=compiled)
+    scenes: list[Scene] = []
+    started: list[Job] = []
+    for job in jobs:
+        with given_up(job.config, failed, len(jobs)):
+            scenes.append(begin(job, model, device))
+            started.append(job)
+    ready, first = time.monotonic(), [scene.run.step for scene in scenes]
+
+    stopped_by = distil_together(scenes, model, shared)
     distilled = time.monotonic()
-    if stopped_by in LEAVE:  # the snapshot goes on elsewhere
-        if monitor is not None:
-            monitor.close()
+    for scene in scenes:
+        write_json(scene.out / "losses.json", scene.run.losses)
+    if stopped_by in LEAVE:  # the snapshots go on elsewhere
+        for scene in scenes:
+            if scene.monitor is not None:
+                scene.monitor.close()
         raise SystemExit(REQUEUE)
 
+    for job, scene, step in zip(started, scenes, first, strict=True):
+        seconds = {"load": ready - job.began, "distil": distilled - ready}
+        seconds["per_step"] = seconds["distil"] / max(scene.run.step - step, 1)
+        with given_up(job.config, failed, len(jobs)):
+            if scene.failed:
+                raise UserError(scene.failed)
+            finish(job, scene, model, seconds, continued=step > 0)
+    return failed
+
+
+def begin(job: Job, model: MultiViewModel, device: torch.device) -> Scene:
+    """The scene where its snapshot left it.  The picture becomes its embedding, and is not needed again."""
+    run = new_run(job.config, device)
+    load_snapshot(job.out / FILE, run, job.mark)
+    with atomic_file(job.out / "config.yaml") as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(job.config)))
+    with torch.no_grad():
+        context = embed_image(model.image_encoder, job.image[None]).to(device)
+    return Scene(run, context, job.out, job.mark, watch(job.config, run.step))
+
+
+def finish(job: Job, scene: Scene, model: MultiViewModel, seconds: dict[str, float], continued: bool) -> None:
+    """Mesh, turntable, and what is said of them."""
+    config, run, out, began = job.config, scene.run, job.out, time.monotonic()
     mesh, facts = extract_mesh(run.field, run.occupancy, config.mesh)
     save_glb(out / "mesh.glb", mesh)
     meshed = time.monotonic()
     save_turntable(out, run.field, run.occupancy, camera_ranges(config, model.info).middle, config.turntable)
-    seconds = {
-        "load": ready - began,
-        "distil": distilled - ready,
-        "per_step": (distilled - ready) / max(run.step - first, 1),
-        "mesh": meshed - distilled,
-        "turntable": time.monotonic() - meshed,
-    }
+    device = run.occupancy.live.device
+    seconds |= {"mesh": meshed - began, "turntable": time.monotonic() - meshed}
     about = {
-        "made_of": wanted if run.step == config.steps else None,
+        "made_of": job.made_of if run.step == config.steps else None,
         "steps": run.step,
         "of": config.steps,
         "continued": continued,
         "device": str(device),
-        "dtype": str(dtype),
+        "dtype": str(next(model.unet.parameters()).dtype),
+        "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        "mesh": facts,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
-    write_json(out / "result.json", about | {"mesh": facts, "seconds": {k: round(v, 3) for k, v in seconds.items()}})
+    write_json(out / "result.json", about)
+    write_page(out / "report.html", [out])
     print(f"{out / 'mesh.glb'}: {facts['vertices']} vertices, {facts['faces']} faces; {run.step} steps")
-    if monitor is not None:
-        monitor.media(run.step, out / "turntable.mp4", out / "mesh.glb")
-        monitor.artifact(f"{config.name}-{out.name}", "mesh", str(out / "mesh.glb"), made=True, about=facts)
-        monitor.alert("finished", f"{out / 'mesh.glb'}")
-        monitor.close()
-
-
-def made_of(config: GenerateConfig, mark: str) -> str:
-    """A hash of all that the mesh and the pictures of it depend on, beside what `mark` stands for."""
-    return hashlib.sha256(f"{mark} {config.mesh} {config.turntable}".encode()).hexdigest()
+    if scene.monitor is not None:
+        scene.monitor.media(run.step, out / "turntable.mp4", out / "mesh.glb")
+        scene.monitor.artifact(f"{config.name}-{out.name}", "mesh", str(out / "mesh.glb"), made=True, about=facts)
+        scene.monitor.alert("finished", f"{out / 'mesh.glb'}")
+        scene.monitor.close()
 
 
 def result_of(out: Path) -> str | None:

@@ -24,6 +24,9 @@ FILE = "snapshot/latest.safetensors"
 FREE_TO_CHANGE = (
     "checkpoint",
     "image",
+    "more_images",
+    "objects_at_once",
+    "compile",
     "out",
     "name",
     "wandb",

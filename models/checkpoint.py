@@ -188,9 +188,15 @@ def load_unet(folder: str | Path, variant: str | None = None) -> UNet2DCondition
 
 
 def load_export(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    decoder: bool = True,
 ) -> MultiViewModel:
-    """The finished checkpoint, frozen.  UserError naming what is wrong with `folder`."""
+    """The finished checkpoint, frozen.  UserError naming what is wrong with `folder`.
+
+    decoder: false leaves out the autoencoder's, where nothing is decoded; the device never holds it.
+    """
     folder = Path(folder)
     info = read_info(folder)
     scheduler = load_scheduler(folder / "scheduler")
@@ -207,6 +213,8 @@ def load_export(
         info=info,
     )
     require_one_model(folder, model.unet, model.vae, model.image_encoder)
+    if not decoder:
+        model.vae.decoder = model.vae.post_quant_conv = None
     return model.to(device, dtype)
 
 

@@ -21,6 +21,8 @@ from conf.cli import ConfigError
 from data.files import UserError
 from train.config import LimitsConfig, TrainConfig
 
+BUCKET = 2 * 10**8  # elements
+
 
 def prepare_environment(cpu: bool) -> None:
     """What DeepSpeed and Accelerate read from the environment.  Call before importing either."""
@@ -68,11 +70,13 @@ def resolve_precision(precision: str, cpu: bool = False) -> str:
     return "bf16" if cpu_multiplies_bf16() else "fp32"
 
 
-def deepspeed_config(config: TrainConfig, precision: str) -> dict[str, Any]:
-    """DeepSpeed's own configuration, made from ours and nowhere else."""
+def deepspeed_config(config: TrainConfig, precision: str, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration, made from ours and nowhere else.  parameters: that are trained."""
     zero: dict[str, Any] = {"stage": config.deepspeed.zero_stage, "overlap_comm": torch.cuda.is_available()}
     if config.deepspeed.zero_stage >= 1:
         zero["contiguous_gradients"] = True
+        # Buffers of so many elements; DeepSpeed's own 5e8 take a gigabyte of a GPU each, however small the network.
+        zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = min(BUCKET, parameters)
     if config.deepspeed.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.deepspeed.offload_parameters:
@@ -104,7 +108,7 @@ def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
     from train.checkpoint_files import CheckpointFiles  # imports DeepSpeed, which reads the environment
 
     precision = resolve_precision(config.precision)
-    ours = deepspeed_config(config, precision)
+    ours = deepspeed_config(config, precision, sum(p.numel() for p in unet.parameters() if p.requires_grad))
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ours),

@@ -6,71 +6,25 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from analytic_scenes import Ball
 from PIL import Image
+from tiny_model import TINY, command, config
 
 from conf.cli import ConfigError
 from data.files import UserError, read_json
-from distill.config import GenerateConfig, GuidanceConfig, ScheduleConfig
+from distill.config import GuidanceConfig, ScheduleConfig
 from distill.distillation import camera_ranges, distil, require_finite
-from distill.field import FieldConfig
 from distill.generate import main
 from distill.mesh import load_glb
 from distill.snapshot import FILE, identity, load_snapshot, new_run, save_snapshot
 from distill.turntable import render_views, ring
 from distill.volume import OccupancyGrid, VolumeConfig
-from models.autoencoder import fit_patch_codec
-from models.checkpoint import ExportInfo, MultiViewModel, load_export, make_scheduler, save_export
-from models.config import UNetConfig
-from models.image_encoder import ClipImageEncoder
-from models.multiview import build_unet
-
-ROOT = Path(__file__).resolve().parents[2]
-FIELD = {"bound": 0.6, "levels": 3, "log2_entries": 9, "base_resolution": 4, "max_resolution": 16, "hidden": 8}
-TINY = [
-    *(f"field.{key}={value}" for key, value in FIELD.items()),
-    "volume.samples_per_ray=32", "volume.occupancy_resolution=16", "schedule.resolutions=[12,16]",
-    "schedule.sets=[2,1]", "mesh.resolution=24", "turntable.frames=3", "turntable.size=32", "turntable.views=2",
-    "device=cpu", "dtype=float32",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    vision = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 1, "head_width": 48}
-    folder: Path = tmp_path_factory.mktemp("export") / "export"
-    model = MultiViewModel(
-        unet=build_unet(UNetConfig(None, [32, 64], [1, 2], 1, 24, True), 6, 4).eval(),
-        vae=fit_patch_codec(torch.rand(20, 3, 32, 32) * 2 - 1, 8, 6).eval(),
-        image_encoder=ClipImageEncoder(24, vision).eval(),
-        scheduler=make_scheduler("v_prediction", zero_terminal_snr=True),
-        info=ExportInfo(32, 4, (0.0, 30.0), (40.0, 40.0), (0.58, 0.6), "mvdream", stage=2, step=7),
-    )
-    save_export(folder, model)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tmp_path_factory.mktemp("image") / "object.png"
-    Image.fromarray(np.full((40, 40, 3), 120, dtype=np.uint8)).save(path)
-    return path
-
-
-def config(out: Path, steps: int = 8) -> GenerateConfig:
-    return GenerateConfig(
-        checkpoint="c", image="i", out=str(out), steps=steps, snapshot_every=3,
-        schedule=ScheduleConfig(resolutions=[12, 16], sets=[2, 1]), field=FieldConfig(**FIELD),
-        volume=VolumeConfig(samples_per_ray=32, occupancy_resolution=16, occupancy_every=4),
-    )  # fmt: skip
+from models.checkpoint import load_export
 
 
 def test_a_killed_run_continues_with_the_same_losses(checkpoint: Path, tmp_path: Path) -> None:
@@ -163,10 +117,6 @@ def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigError, match="t_lowest"):
         GuidanceConfig(t_lowest=[0.98, 0.6])
     assert [ScheduleConfig().at(p) for p in (0, 0.49, 0.5, 0.99)] == [(64, 2), (64, 2), (256, 1), (256, 1)]
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "distill" / "generate.py"), *arguments]
 
 
 def test_command_survives_a_kill_and_writes_everything(checkpoint: Path, picture: Path, tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""report.html of one or many distilled objects: what went in, what came out, and how it went, in one offline file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from data.files import read_json
+from distill import report
+
+LOSSES = ("sds", "orientation", "sparsity", "opaque", "depth_variance")
+
+
+def write_page(path: Path, outs: list[Path]) -> None:
+    """outs: folders that distill/generate.py has finished."""
+    sections = [(out.name, of_object(out)) for out in outs]
+    if len(outs) == 1:
+        config = (outs[0] / "config.yaml").read_text()
+        sections += [("Losses", losses(outs[0])), ("Configuration", report.code(config))]
+    title = outs[0].name if len(outs) == 1 else f"{len(outs)} objects"
+    intro = (
+        "Distilled from the embedding of one picture each by score distillation; no pixel of the picture is used. The "
+        "mesh can be turned; the video shows the NeRF that it was made from, colour beside normals."
+    )
+    report.write(path, report.page(title, intro, [("Overview", overview(outs)), *sections]))
+
+
+def overview(outs: list[Path]) -> str:
+    rows = []
+    for out in outs:
+        result: Any = read_json(out / "result.json", "result")
+        seconds, mesh = result["seconds"], result["mesh"]
+        minutes = round((seconds["distil"] + seconds["mesh"] + seconds["turntable"]) / 60, 2)
+        rows.append([out.name, result["steps"], minutes, mesh["vertices"], mesh["faces"], mesh["watertight"],
+                     result["device"]])  # fmt: skip
+    headers = ["object", "steps", "minutes", "vertices", "faces", "watertight", "device"]
+    return report.table(headers, rows, "Minutes are of this start alone: distilling, mesh and turntable.")
+
+
+def of_object(out: Path) -> str:
+    image = Path(str(OmegaConf.load(out / "config.yaml").image))
+    figures = [
+        report.glb_viewer(out / "mesh.glb", "mesh.glb: drag to turn"),
+        report.video(out / "turntable.mp4", "the NeRF: colour beside normals"),
+    ]
+    if image.is_file():
+        figures.insert(0, report.picture(image, "the reference: only its embedding is used", "reference"))
+    return report.gallery(figures)
+
+
+def losses(out: Path) -> str:
+    rows: Any = read_json(out / "losses.json", "losses")
+    parts = []
+    for name in LOSSES:
+        points = [(float(row["step"]), float(row[name])) for row in rows if name in row]
+        if points:
+            parts.append(report.line_chart({name: points}, f"{name} loss", "step", "loss", log_y=True))
+    return report.gallery(parts)
