@@ -77,6 +77,7 @@ def identity(config: GenerateConfig, checkpoint: Path, image: Path) -> str:
 def save_snapshot(path: Path, run: Run, identity: str) -> None:
     tensors = {f"field.{name}": value for name, value in run.field.state_dict().items()}
     tensors["occupancy.density"] = run.occupancy.density
+    tensors["occupancy.hidden"] = torch.tensor(run.occupancy.hidden, dtype=torch.float64)
     for index, state in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
     content = {"identity": identity, "step": run.step, "losses": run.losses}
@@ -99,6 +100,7 @@ def load_snapshot(path: Path, run: Run, identity: str) -> bool:
         raise UserError(f"{path} belongs to another checkpoint, image or configuration; {remedy}")
     run.field.load_state_dict({k.removeprefix("field."): v for k, v in tensors.items() if k.startswith("field.")})
     run.occupancy.density = tensors["occupancy.density"]
+    run.occupancy.hidden, run.occupancy.fresh = float(tensors["occupancy.hidden"]), False
     run.occupancy.mark()
     optimizer = run.optimizer.state_dict()
     optimizer["state"] = {}

@@ -24,6 +24,7 @@ from distill.field import FieldSamples
 Shade = Callable[[FieldSamples, Tensor, Tensor], Tensor]  # (samples, points (N, 3), ray (N,)) -> colour (N, 3)
 Density = Callable[[Tensor], Tensor]  # points (N, 3) -> (N,)
 
+WORTH_IT = 0.25  # hidden share from which on asking for all densities first is the cheaper way
 MARCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}  # candidate samples looked up at once
 QUERY_POINTS = {"cpu": 2**17, "cuda": 2**21}  # points asked of the field at once where no gradient is kept
 
@@ -73,6 +74,7 @@ class OccupancyGrid:
         g = config.occupancy_resolution
         self.density = torch.zeros(g + 1, g + 1, g + 1, device=device)
         self.live = torch.ones(g, g, g, dtype=torch.bool, device=device)
+        self.hidden, self.fresh = 0.0, True  # share of live samples that no light reached, and whether to look again
         self.low = torch.full((3,), -bound, device=device)  # box around the live cells
         self.high = torch.full((3,), bound, device=device)
 
@@ -85,6 +87,7 @@ class OccupancyGrid:
         points = points + (torch.rand(points.shape) - 0.5).to(points) * cell
         now = query(density, points.clamp(-self.bound, self.bound)).view_as(self.density)
         self.density = torch.maximum(self.density * self.config.occupancy_decay, now)
+        self.fresh = True
         self.mark()
 
     def mark(self) -> None:
@@ -244,12 +247,15 @@ def render(
 ) -> Rendering:
     """origins, unit directions (R, 3), jitter (R,) in [0, 1).
 
-    density: the field's; with it, what lies behind opaque samples is left out (`stop_below`).
+    density: the field's; with it, what lies behind opaque samples is left out (`stop_below`), where that was worth its
+    price when the occupancy grid was last updated.
     """
     assert origins.shape == directions.shape and jitter.shape == origins.shape[:1], (origins.shape, jitter.shape)
     samples = occupancy.backend.march(origins, directions, occupancy, jitter)
-    if density is not None and occupancy.config.stop_below > 0:
+    if density is not None and occupancy.config.stop_below > 0 and (occupancy.fresh or occupancy.hidden > WORTH_IT):
+        found = len(samples.ray)
         samples = visible(samples, density, origins, directions, occupancy)
+        occupancy.fresh, occupancy.hidden = False, 1 - len(samples.ray) / max(found, 1)
 
     def some(rays: range, ray: Tensor, t: Tensor) -> Rendering:
         return render_samples(field, occupancy, origins, directions, rays, Samples(ray, t), shade, normals)
