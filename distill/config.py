@@ -47,6 +47,10 @@ class ScheduleConfig:
 
 @dataclass
 class GuidanceConfig:
+    # sds: towards the guided x0 (released); asd: Asynchronous Score Distillation (arXiv 2407.02040), for which guidance
+    # of 7.5 is usual and half as much again is computed.
+    method: str = "sds"
+    asd_share: float = 0.1  # of a timestep's height: how far later the rendering's own noise is predicted
     scale: float = 10.0  # classifier-free guidance (released)
     std_rescale: float = 0.5  # share of the guided x0 that gets the conditional one's spread (released)
     # The timesteps drawn from, as shares of all of them: start and end of the annealing.
@@ -64,6 +68,8 @@ class GuidanceConfig:
             self.t_lowest[0] <= self.t_highest[0] and self.t_lowest[1] <= self.t_highest[1],
             f"guidance.t_lowest={self.t_lowest} must not exceed guidance.t_highest={self.t_highest}",
         )
+        check(self.method in ("sds", "asd"), f"guidance.method={self.method} must be sds or asd")
+        check(0 <= self.asd_share <= 1, f"guidance.asd_share={self.asd_share} must lie in [0, 1]")
         check(0 < self.anneal_share <= 1, f"guidance.anneal_share={self.anneal_share} must lie in (0, 1]")
         check(0 <= self.std_rescale <= 1, f"guidance.std_rescale={self.std_rescale} must lie in [0, 1]")
         check(self.scale >= 0, f"guidance.scale={self.scale} must not be negative")
@@ -103,10 +109,22 @@ class OptimizerConfig:
 class MeshConfig:
     resolution: int = 256  # marching-cubes cells a side (threestudio's isosurface resolution)
     keep_share: float = 0.02  # pieces with a smaller share of the largest one's faces are floaters and dropped
+    faces: int = 40_000  # decimated to about as many triangles; 0: left as marching cubes made them
+    watertight: bool = False  # a mesh that does not close is an error, not only a fact in result.json
+    texture_size: int = 1024  # texels a side of the albedo's picture; 0: colours at the vertices instead
+    unwrap_limit_s: float = 120.0  # seconds that finding texture coordinates may take; then colours at the vertices
+    obj: bool = False  # mesh.obj, mesh.mtl and mesh.png beside mesh.glb
 
     def __post_init__(self) -> None:
         check(16 <= self.resolution <= 1024, f"mesh.resolution={self.resolution} must be 16 to 1024")
         check(0 <= self.keep_share <= 1, f"mesh.keep_share={self.keep_share} must lie in [0, 1]")
+        check(self.faces == 0 or self.faces >= 100, f"mesh.faces={self.faces} must be at least 100, or 0 for all")
+        check(
+            self.texture_size == 0
+            or (64 <= self.texture_size <= 8192 and self.texture_size & (self.texture_size - 1) == 0),
+            f"mesh.texture_size={self.texture_size} must be a power of two from 64 to 8192, or 0 for none",
+        )
+        check(self.unwrap_limit_s > 0, f"mesh.unwrap_limit_s={self.unwrap_limit_s} must be positive")
 
 
 @dataclass

@@ -82,6 +82,7 @@ class Look:
     c2w: Tensor  # (B, V, 4, 4)
     resolution: int  # that it was rendered in
     t: int  # timestep
+    shift: int  # to the later one, with guidance.method=asd
     noise: Tensor  # (B, V, C, h, w)
     posterior: Tensor  # (B V, C, h, w): the autoencoder's own draw
 
@@ -100,38 +101,58 @@ def look(run: Run, model: MultiViewModel, ranges: CameraRanges, config: Generate
         progress, config.guidance.t_lowest, config.guidance.t_highest, config.guidance.anneal_share
     )
     t = int(torch.randint(low, high + 1, ()))
+    shift = sds.asynchronous_shift(t, low, config.guidance.asd_share, float(torch.rand(())))
     noise, posterior = torch.randn(2, *c2w.shape[:2], *model.latent_shape).to(full)
-    return Look(full, seen, directions, c2w, size, t, noise, posterior.flatten(0, 1))
+    return Look(full, seen, directions, c2w, size, t, shift, noise, posterior.flatten(0, 1))
 
 
 @torch.no_grad()
-def denoised(
+def wanted_latents(
     model: MultiViewModel, looks: list[Look], latents: Tensor, contexts: list[Tensor], config: GenerateConfig
 ) -> Tensor:
-    """What the model makes of the noised latents (B, V, C, h, w) of all objects together: guided x0.
+    """Where the latents (B, V, C, h, w) of all objects together should go, by what the model makes of noised ones.
 
     contexts: (1, T, D) of each object.
     """
     scheduler: Any = model.scheduler
+    kind, device = scheduler.config.prediction_type, latents.device
     sets = [len(one.c2w) for one in looks]
-    t = torch.tensor([one.t for one, count in zip(looks, sets, strict=True) for _ in range(count)])
+    t, shift = (
+        torch.tensor([getattr(one, name) for one, count in zip(looks, sets, strict=True) for _ in range(count)])
+        for name in ("t", "shift")
+    )
     context = torch.cat([one.expand(count, -1, -1) for one, count in zip(contexts, sets, strict=True)])
-    alpha_bar = scheduler.alphas_cumprod[t].to(latents)[:, None, None, None, None]
-    noisy = sds.add_noise(latents, torch.cat([one.noise for one in looks]), alpha_bar)
+    noise = torch.cat([one.noise for one in looks])
     camera = camera_conditioning(torch.cat([one.c2w for one in looks]), model.info.camera).to(latents)
-    conditional, unconditional = predict_noise_output(
+
+    def noised(timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = scheduler.alphas_cumprod[timesteps].to(latents)[:, None, None, None, None]
+        return alpha_bar, sds.add_noise(latents, noise, alpha_bar)
+
+    alpha_bar, noisy = noised(t)
+    inputs, timesteps, conditions = [noisy, noisy], [t, t], [context, torch.zeros_like(context)]
+    if config.guidance.method == "asd":
+        later_bar, later = noised(t + shift)
+        inputs, timesteps, conditions = [*inputs, later], [*timesteps, t + shift], [*conditions, context]
+    outputs = predict_noise_output(
         model.unet,
-        torch.cat([noisy, noisy]),
-        torch.cat([t, t]).to(latents.device),
-        torch.cat([context, torch.zeros_like(context)]),
-        torch.cat([camera, camera]),
-    ).chunk(2)
+        torch.cat(inputs),
+        torch.cat(timesteps).to(device),
+        torch.cat(conditions),
+        torch.cat([camera] * len(inputs)),
+    ).chunk(len(inputs))
+    if config.guidance.method == "asd":
+        conditional, unconditional = (sds.predict_noise(noisy, out, alpha_bar, kind) for out in outputs[:2])
+        guided = unconditional + config.guidance.scale * (conditional - unconditional)
+        shifted = sds.predict_noise(later, outputs[2], later_bar, kind)
+        return sds.asynchronous_target(latents, guided, shifted, alpha_bar)
+    conditional, unconditional = outputs
     return sds.reconstruction_target(
         noisy,
         conditional,
         unconditional,
         alpha_bar,
-        prediction_type=scheduler.config.prediction_type,
+        prediction_type=kind,
         guidance_scale=config.guidance.scale,
         std_rescale=config.guidance.std_rescale,
     )
@@ -147,7 +168,7 @@ def distillation_losses(
     # Ask the diffusion model what the pictures should have been
     pictures, posterior = (torch.cat([getattr(one, name) for one in looks]) for name in ("pictures", "posterior"))
     latents = encode_images(model.vae, pictures * 2 - 1, noise=posterior).unflatten(0, (-1, model.info.num_views))
-    targets = denoised(model, looks, latents.detach(), contexts, config)
+    targets = wanted_latents(model, looks, latents.detach(), contexts, config)
 
     # Pull each towards it, and keep the scenes well behaved
     sets = [len(one.c2w) for one in looks]

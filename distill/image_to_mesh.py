@@ -18,6 +18,7 @@ from data.files import UserError, atomic_file, read_json, require_writable, writ
 from data.processes import REQUEUE, locked
 from distill.config import GenerateConfig
 from distill.distillation import LEAVE, Scene, camera_ranges, distil_together
+from distill.isotropy import isotropy
 from distill.mesh import extract_mesh, save_glb
 from distill.page import write_page
 from distill.snapshot import FILE, identity, load_snapshot, new_run
@@ -142,7 +143,9 @@ def finish(job: Job, scene: Scene, model: MultiViewModel, seconds: dict[str, flo
     mesh, facts = extract_mesh(run.field, run.occupancy, config.mesh)
     save_glb(out / "mesh.glb", mesh)
     meshed = time.monotonic()
-    save_turntable(out, run.field, run.occupancy, camera_ranges(config, model.info).middle, config.turntable)
+    ranges = camera_ranges(config, model.info)
+    save_turntable(out, run.field, run.occupancy, ranges.middle, config.turntable)
+    by_azimuth = isotropy(run, model, scene.context, ranges, config.turntable.size)
     device = run.occupancy.live.device
     seconds |= {"mesh": meshed - began, "turntable": time.monotonic() - meshed}
     about = {
@@ -154,6 +157,7 @@ def finish(job: Job, scene: Scene, model: MultiViewModel, seconds: dict[str, flo
         "dtype": str(next(model.unet.parameters()).dtype),
         "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         "mesh": facts,
+        "isotropy": by_azimuth,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
     write_json(out / "result.json", about)

@@ -18,7 +18,11 @@ def write_page(path: Path, outs: list[Path]) -> None:
     sections = [(out.name, of_object(out)) for out in outs]
     if len(outs) == 1:
         config = (outs[0] / "config.yaml").read_text()
-        sections += [("Losses", losses(outs[0])), ("Configuration", report.code(config))]
+        sections += [
+            ("By azimuth", by_azimuth(outs[0])),
+            ("Losses", losses(outs[0])),
+            ("Configuration", report.code(config)),
+        ]
     title = outs[0].name if len(outs) == 1 else f"{len(outs)} objects"
     intro = (
         "Distilled from the embedding of one picture each by score distillation; no pixel of the picture is used. The "
@@ -34,8 +38,8 @@ def overview(outs: list[Path]) -> str:
         seconds, mesh = result["seconds"], result["mesh"]
         minutes = round((seconds["distil"] + seconds["mesh"] + seconds["turntable"]) / 60, 2)
         rows.append([out.name, result["steps"], minutes, mesh["vertices"], mesh["faces"], mesh["watertight"],
-                     result["device"]])  # fmt: skip
-    headers = ["object", "steps", "minutes", "vertices", "faces", "watertight", "device"]
+                     result["isotropy"]["spread"], result["device"]])  # fmt: skip
+    headers = ["object", "steps", "minutes", "vertices", "faces", "watertight", "spread over azimuth", "device"]
     return report.table(headers, rows, "Minutes are of this start alone: distilling, mesh and turntable.")
 
 
@@ -48,6 +52,13 @@ def of_object(out: Path) -> str:
     if image.is_file():
         figures.insert(0, report.picture(image, "the reference: only its embedding is used", "reference"))
     return report.gallery(figures)
+
+
+def by_azimuth(out: Path) -> str:
+    found: Any = read_json(out / "result.json", "result")["isotropy"]
+    points = list(zip(found["azimuth_deg"], found["error"], strict=True))
+    title = f"what the model still wants changed, by azimuth from the front; spread {found['spread']}"
+    return report.line_chart({"error": points}, title, "degrees", "error")
 
 
 def losses(out: Path) -> str:

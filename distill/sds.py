@@ -47,6 +47,15 @@ def predict_x0(noisy: Tensor, output: Tensor, alpha_bar: Tensor, prediction_type
     raise ValueError(f"prediction_type {prediction_type} is neither epsilon nor v_prediction")
 
 
+def predict_noise(noisy: Tensor, output: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+    """The noise that a network output speaks of (v: arXiv 2202.00512, app. D)."""
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "v_prediction":
+        return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * noisy
+    raise ValueError(f"prediction_type {prediction_type} is neither epsilon nor v_prediction")
+
+
 def reconstruction_target(
     noisy: Tensor,
     conditional: Tensor,
@@ -69,6 +78,24 @@ def reconstruction_target(
     dims = (1, 2, 3, 4)
     factor = (plain.std(dims, keepdim=True) + 1e-8) / (x0.std(dims, keepdim=True) + 1e-8)
     return std_rescale * factor * x0 + (1 - std_rescale) * x0
+
+
+def asynchronous_shift(t: int, lowest: int, share: float, chance: float, num_timesteps: int = 1000) -> int:
+    """How far beyond t the rendering's own noise is predicted: uniform up to `share` of t's height over `lowest`.
+
+    chance in [0, 1).  (ScaleDreamer, arXiv 2407.02040; its configuration for MVDream has a share of 0.1.)
+    """
+    return min(int(share * (t - lowest) * chance), num_timesteps - 1 - t)
+
+
+def asynchronous_target(latents: Tensor, guided: Tensor, shifted: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Where Asynchronous Score Distillation pulls the latents: against (1 - alpha_bar) (guided - shifted).
+
+    guided: noise predicted at t under classifier-free guidance; shifted: at a later t, conditional alone, which stands
+    for the noise of the renderings' own distribution (ScaleDreamer, arXiv 2407.02040), for which VSD (arXiv 2305.16213,
+    whose weight this is) fine-tunes a network.
+    """
+    return latents - (1 - alpha_bar) * (guided - shifted)
 
 
 def reconstruction_loss(latents: Tensor, target: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from tiny_model import TINY, command, config
 from data.files import UserError
 from distill.config import GenerateConfig, joined_words
 from distill.distillation import Scene, camera_ranges, distil, distil_together, step_together
+from distill.isotropy import isotropy
 from distill.many import jobs_of
 from distill.snapshot import FILE, load_snapshot, new_run
 from models.checkpoint import load_export
@@ -135,3 +136,25 @@ def test_a_queue_that_is_killed_or_asked_to_leave_goes_on(
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))]
     assert [result["steps"] for result in results] == [40] * 3 and any(result["continued"] for result in results)
+
+
+def test_asynchronous_score_distillation_learns_something_else(checkpoint: Path, tmp_path: Path) -> None:
+    model, context = load_export(checkpoint), torch.randn(1, 1, 24)
+    losses = []
+    for method in ("sds", "asd"):
+        settings = config(tmp_path / method)
+        settings.guidance.method = method
+        run = new_run(settings, "cpu")
+        distil(run, model, context, settings, "x")
+        losses.append([row["loss"] for row in run.losses])
+    assert losses[0][0] != losses[1][0] and all(np.isfinite(losses[1]))
+
+
+def test_isotropy_has_an_error_for_each_azimuth(checkpoint: Path, tmp_path: Path) -> None:
+    model = load_export(checkpoint)
+    settings = config(tmp_path)
+    run = new_run(settings, "cpu")
+    found = isotropy(run, model, torch.randn(1, 1, 24), camera_ranges(settings, model.info), 32)
+    assert found["azimuth_deg"][:2] == [0, 22.5] and len(found["error"]) == 16
+    mean = sum(found["error"]) / 16
+    assert found["spread"] == pytest.approx(np.std(found["error"]) / mean, abs=1e-3) and found["spread"] >= 0

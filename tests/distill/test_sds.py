@@ -97,3 +97,24 @@ def test_regularizers() -> None:
     assert float(sds.sparsity_loss(torch.zeros(3))) == pytest.approx(0.1)
     assert float(sds.depth_variance_loss(torch.tensor([2.0, 9.0]), torch.tensor([0.9, 0.1]))) == pytest.approx(2)
     assert math.isfinite(float(sds.depth_variance_loss(torch.zeros(2), torch.zeros(2))))
+
+
+def test_the_asynchronous_shift() -> None:
+    assert sds.asynchronous_shift(520, 20, 0.1, 0.999) == 49 and sds.asynchronous_shift(520, 20, 0.1, 0.0) == 0
+    assert sds.asynchronous_shift(980, 20, 0.5, 0.9) == 19, "not beyond the last timestep"
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_asynchronous_score_distillation(prediction_type: str) -> None:
+    """No pull where both predictions agree; else by the classical weight against their difference."""
+    torch.manual_seed(0)
+    x, noise, other = torch.randn(3, 2, 4, 4, 8, 8).double()
+    alpha_bar = scheduler().alphas_cumprod[500].double()
+    noisy = sds.add_noise(x, noise, alpha_bar)
+    perfect = noise if prediction_type == "epsilon" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x
+    found = sds.predict_noise(noisy, perfect, alpha_bar, prediction_type)
+    torch.testing.assert_close(found, noise)
+    assert torch.equal(sds.asynchronous_target(x, found, found, alpha_bar), x)
+    latents = x.clone().requires_grad_()
+    sds.reconstruction_loss(latents, sds.asynchronous_target(x, noise, other, alpha_bar)).backward()
+    torch.testing.assert_close(latents.grad, (1 - alpha_bar) * (noise - other) / 8)
