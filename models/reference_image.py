@@ -29,6 +29,8 @@ def load_reference_image(path: str | Path, config: ReferenceConfig | None = None
     """
     config = config or ReferenceConfig()
     picture = read_picture(Path(path))
+    if all(low == high for low, high in on_white(picture).getextrema()):
+        print(f"note: {path} is of one colour throughout: there is no object in it to see")
     if has_alpha(picture):
         pass
     elif config.matting:
@@ -54,6 +56,8 @@ def read_picture(path: Path) -> Image.Image:
                 raise UserError(
                     f"image {path} is {picture.width} x {picture.height} pixels: too small to show an object"
                 )
+            if getattr(picture, "n_frames", 1) > 1:
+                print(f"note: {path} is animated; its first frame is taken")
             return ImageOps.exif_transpose(picture).convert("RGBA")
     except UserError:
         raise

@@ -131,3 +131,23 @@ def test_a_stray_transparent_pixel_hides_nothing() -> None:
     picture.putpixel((199, 199), (0, 0, 0, 0))
     assert not has_alpha(picture)
     assert centred(picture, 0.8).size == (50, 50)
+
+
+def test_odd_pictures_get_a_word(tmp_path, capsys) -> None:
+    for colour in ("white", "black"):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{colour}.png")
+        assert load_reference_image(tmp_path / f"{colour}.png").shape == (3, 32, 32)
+        assert f"{colour}.png is of one colour throughout" in capsys.readouterr().out
+    Image.new("RGBA", (32, 32), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    load_reference_image(tmp_path / "clear.png")
+    assert "clear.png is of one colour throughout" in capsys.readouterr().out
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    frames[0].paste("green", (8, 8, 20, 20))
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    first = load_reference_image(tmp_path / "moving.gif")
+    assert "moving.gif is animated; its first frame is taken" in capsys.readouterr().out
+    assert first[0, 0, 0] > 0.9 and first[1, 12, 12] > 0.4
+    for size in ((1, 1), (20000, 20000)):
+        Image.new("1", size).save(tmp_path / "size.png")
+        with pytest.raises(UserError, match=f"is {size[0]} x {size[1]}"):
+            load_reference_image(tmp_path / "size.png")
