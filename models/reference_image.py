@@ -61,7 +61,9 @@ def read_picture(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(picture).convert("RGBA")
     except UserError:
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except Image.DecompressionBombError as error:
+        raise UserError(f"image {path} is too large ({error}); scale it below {MAX_SIDE} a side") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"image {path} is not a picture that can be read ({error}); give a PNG, JPEG or WebP") from None
 
 
