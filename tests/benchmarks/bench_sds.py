@@ -145,7 +145,7 @@ def main() -> None:
         model.vae.encoder.compile()
     what = torch.cuda.get_device_name() if options.cuda else f"{os.cpu_count()} CPUs, {platform.machine()}"
     print(f"{datetime.date.today()}, {what}, torch {torch.__version__}; UNet of width {options.width} on pictures "
-          f"of {options.image_size} px, rendered in 64 and {options.size}, {options.samples} samples a ray")  # fmt: skip
+          f"of {options.image_size} px, rendered in 64 and {options.size}, {options.samples} a ray")  # fmt: skip
     phase(options, model, 1, 0.2)
     phase(options, model, 2, 0.7)
 
