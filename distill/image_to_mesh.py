@@ -27,6 +27,7 @@ from models.checkpoint import MultiViewModel, load_export, read_info
 from models.device import choose_device
 from models.image_encoder import embed_image
 from models.reference_image import load_reference_image
+from monitor.facts import require_key
 from monitor.monitor import Monitor
 
 
@@ -59,6 +60,7 @@ def images_to_meshes(configs: Sequence[GenerateConfig]) -> dict[str, str]:
     shared = configs[0]
     device, dtype = choose_device(shared.device, shared.dtype)
     read_info(shared.checkpoint)
+    require_key(shared.wandb)
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as locks:
         jobs = []

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data.files import UserError, content_mark
 from doctor.config import DoctorConfig
+from monitor.facts import has_key
 
 ROOT = Path(__file__).resolve().parents[1]
 OK, WARNING, MISSING = "ok", "warning", "missing"
@@ -144,13 +145,9 @@ def slurm(config: DoctorConfig) -> Iterator[Row]:
 
 
 def wandb(config: DoctorConfig) -> Iterator[Row]:
-    host = "api.wandb.ai"
-    logged_in = bool(os.environ.get("WANDB_API_KEY"))
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    if not logged_in and netrc.is_file():  # whether there is a key, never the key
-        logged_in = host in netrc.read_text(errors="replace")
+    there = has_key()
     remedy = "wandb login; offline runs are written without it, and sent by wandb sync"
-    yield Row("W&B login", OK if logged_in else WARNING, "a key is there" if logged_in else "none", remedy)
+    yield Row("W&B login", OK if there else WARNING, "a key is there" if there else "none", remedy)
 
 
 def disk(config: DoctorConfig) -> Iterator[Row]:

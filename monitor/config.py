@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from conf.cli import check
@@ -14,7 +15,8 @@ ARTIFACTS = ("reference", "upload", "none")
 class WandbConfig:
     """The key comes from `wandb login` or WANDB_API_KEY, never from here."""
 
-    mode: str = "offline"  # online, offline (sent later by `wandb sync`) or disabled
+    # online, offline (sent later by `wandb sync`) or disabled; WANDB_MODE, else offline
+    mode: str = field(default_factory=lambda: os.environ.get("WANDB_MODE", "offline"))
     project: str = "isotropic3d"
     entity: str | None = None
     tags: list[str] = field(default_factory=list)

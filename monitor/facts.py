@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from data.files import UserError
+from monitor.config import WandbConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 # What does not change when a job is requeued.
@@ -25,3 +29,21 @@ def git_state() -> dict[str, str | bool]:
 
 def slurm_facts() -> dict[str, str]:
     return {name.lower(): os.environ[f"SLURM_{name}"] for name in SLURM if f"SLURM_{name}" in os.environ}
+
+
+def has_key() -> bool:
+    """Whether there is a key for W&B's server; the key itself is not looked at."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return netrc.is_file() and host in netrc.read_text(errors="replace")
+
+
+def require_key(config: WandbConfig) -> None:
+    """UserError where W&B is to be written to online, and there is no key."""
+    if config.mode == "online" and not has_key():
+        raise UserError(
+            "wandb.mode=online needs a key, and there is none; wandb login, or set WANDB_API_KEY, or wandb.mode=offline and "
+            "send the run later with wandb sync"
+        )

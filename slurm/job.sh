@@ -3,7 +3,9 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 # shellcheck source=slurm/site.env
+set +u # what modules run often reads unset variables
 [ ! -f slurm/site.env ] || source slurm/site.env
+set -u
 read -ra container <<<"${CONTAINER:-}"
 python=("${container[@]}" "${PYTHON:-.venv/bin/python}")
 if [ ${#container[@]} -eq 0 ] && ! command -v "${python[0]}" >/dev/null; then

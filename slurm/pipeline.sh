@@ -8,7 +8,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=slurm/site.env
+set +u # what modules run often reads unset variables
 [ ! -f slurm/site.env ] || source slurm/site.env
+set -u
 
 if [ $# -eq 0 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
   sed -n '2,/^set /s/^# //p' "$0"

@@ -4,6 +4,7 @@ from conf.cli import run
 from conf.submitit_job import take_rank
 from data.files import require_writable
 from data.processes import die_with_parent
+from monitor.facts import require_key
 from train.config import TrainConfig, with_parts_of_start
 
 
@@ -28,6 +29,7 @@ def plan_or_train(config: TrainConfig) -> None:
     else:
         config.accumulation  # noqa: B018  raises when the batch does not divide
         require_writable(config.out, needed_mb=64)
+        require_key(config.wandb)
         from data.shards import read_manifest
         from data.sources import ShardFolder
 

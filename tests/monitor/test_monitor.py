@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from conf.cli import ConfigError
+from data.files import UserError
 from monitor.config import WandbConfig
-from monitor.facts import git_state, slurm_facts
+from monitor.facts import git_state, require_key, slurm_facts
 from monitor.monitor import Monitor, drop_after
 from monitor.wandb_file import history, last_step, pieces, records
 
@@ -123,3 +124,24 @@ def test_a_run_outlives_wandb(tmp_path, capfd) -> None:
     words = capfd.readouterr().err
     assert words.count("warning: W&B failed") == 1 and "Traceback" not in words
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_online_without_a_key_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wb.example")
+    with pytest.raises(UserError, match=r"wandb\.mode=online needs a key, and there is none; wandb login"):
+        require_key(WandbConfig(mode="online"))
+    require_key(WandbConfig(mode="offline"))
+    (tmp_path / "netrc").write_text("machine wb.example login user password x")
+    require_key(WandbConfig(mode="online"))
+
+
+def test_the_mode_is_taken_from_the_environment(monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert WandbConfig().mode == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert WandbConfig().mode == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    with pytest.raises(ConfigError, match=r"wandb\.mode=dryrun must be one of"):
+        WandbConfig()
