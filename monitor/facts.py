@@ -44,6 +44,6 @@ def require_key(config: WandbConfig) -> None:
     """UserError where W&B is to be written to online, and there is no key."""
     if config.mode == "online" and not has_key():
         raise UserError(
-            "wandb.mode=online needs a key, and there is none; wandb login, or set WANDB_API_KEY, or wandb.mode=offline "
-            "to send the run later with wandb sync"
+            "wandb.mode=online needs a key, and there is none; wandb login, or set WANDB_API_KEY, or wandb.mode=offline"
+            " to send the run later with wandb sync"
         )
