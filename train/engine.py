@@ -104,10 +104,13 @@ def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
     """Accelerator and DeepSpeed engine around the UNet.  AdamW over those of its parameters that require gradients."""
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
+    from deepspeed.accelerator import get_accelerator
 
     from train.checkpoint_files import CheckpointFiles  # imports DeepSpeed, which reads the environment
 
     precision = resolve_precision(config.precision)
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError("precision=fp16: DeepSpeed has no fp16 on this device; take bf16 or fp32")
     ours = deepspeed_config(config, precision, sum(p.numel() for p in unet.parameters() if p.requires_grad))
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
@@ -218,10 +221,17 @@ def local_masters(engine: Any) -> list[Tensor | None]:
     """
     from deepspeed.utils import safe_get_local_fp32_param
 
+    # ZeRO-0 in bf16 has its own, beside the parameters, in the same groups.
+    own: dict[int, Tensor] = {}
+    if hasattr(engine.optimizer, "fp32_groups"):
+        for ours, theirs in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+            own |= {id(parameter): master for parameter, master in zip(ours, theirs, strict=True)}
     masters: list[Tensor | None] = []
     for parameter in engine.module.parameters():
         if not parameter.requires_grad:
             masters.append(None)
+        elif id(parameter) in own:
+            masters.append(own[id(parameter)])
         elif hasattr(parameter, "ds_id"):  # ZeRO-3
             masters.append(safe_get_local_fp32_param(parameter))
         elif getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO-1 and 2
@@ -262,12 +272,13 @@ class WeightAverage:
         kept = [None if m is None else m.detach().clone() for m in masters]
         self._write(self.average)
         gathered = {}
-        for name, parameter in self.engine.module.named_parameters():
+        for (name, parameter), master in zip(self.engine.module.named_parameters(), masters, strict=True):
             if not parameter.requires_grad:
                 continue
             whole = safe_get_full_fp32_param(parameter)
-            if whole is None:
-                whole = parameter.data
+            if whole is None:  # ZeRO-0: every rank has all of it
+                assert master is not None
+                whole = master.data
             if self.engine.global_rank == 0:
                 gathered[name] = whole.detach().float().cpu().clone()
         self._write(kept)

@@ -21,13 +21,21 @@ def found(tmp_path_factory) -> list[dict[str, Any]]:
     return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+def of(found: list[dict[str, Any]], engine: str) -> list[Any]:
+    """What each rank found of an engine."""
+    ranks = [rank[engine] for rank in found]
+    if None in ranks:
+        pytest.skip("DeepSpeed has no fp16 on this device")
+    return ranks
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_step_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(found, engine) -> None:
     """Neither in the masters nor in Adam's moments, its count included: as if those batches had never come."""
     stage, precision = engine.split()
-    for rank in found:
-        spoiled, quiet = rank[engine]["spoiled"], rank[engine]["quiet"]
+    for rank in of(found, engine):
+        spoiled, quiet = rank["spoiled"], rank["quiet"]
         kind = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision]
         assert spoiled["running"] == [int(stage), f"torch.{kind}"]
         assert spoiled["applied"] == [True, False, True, False, True] and quiet["applied"] == [True] * 3
@@ -40,9 +48,9 @@ def test_a_step_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(found, eng
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_average_is_that_of_the_masters(found, engine) -> None:
     """Against its definition in float64; and put together from all ranks it is the same under every engine."""
-    assert all(rank[engine][kind]["average_off"] < 1e-6 for rank in found for kind in ("spoiled", "quiet"))
-    assert found[0][engine]["quiet"]["gathered"] == found[0][engine]["spoiled"]["gathered"]
-    assert found[1][engine]["quiet"]["gathered"] is None
+    first, second = of(found, engine)
+    assert all(rank[kind]["average_off"] < 1e-6 for rank in (first, second) for kind in ("spoiled", "quiet"))
+    assert first["quiet"]["gathered"] == first["spoiled"]["gathered"] and second["quiet"]["gathered"] is None
     tolerance = 1e-5 if engine.endswith("fp32") else 5e-3
-    for ours, plain in zip(found[0][engine]["quiet"]["gathered"], found[0]["0 fp32"]["quiet"]["gathered"], strict=True):
-        assert abs(ours - plain) < tolerance
+    plain = found[0]["0 fp32"]["quiet"]["gathered"]
+    assert all(abs(a - b) < tolerance for a, b in zip(first["quiet"]["gathered"], plain, strict=True))
