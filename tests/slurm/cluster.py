@@ -32,13 +32,13 @@ class Job:
         assert found, name
         return found[1]
 
-    def until(self, happened: Callable[[], object], limit: float = 200) -> None:
+    def until(self, happened: Callable[[], object], limit: float = 400) -> None:
         deadline = time.monotonic() + limit
         while not happened():
             assert time.monotonic() < deadline, f"{self.cluster.call('squeue')}\n{self.words()[-5000:]}"
             time.sleep(0.2)
 
-    def end(self, limit: float = 400) -> str:
+    def end(self, limit: float = 600) -> str:
         """Its state and exit status, when it has come to an end, as in COMPLETED 0:0."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         self.until(lambda: self.fact("JobState") in over, limit)
