@@ -18,10 +18,12 @@ from data.files import UserError, atomic_file, read_json, require_writable, writ
 from data.processes import REQUEUE, locked
 from distill.config import GenerateConfig
 from distill.distillation import LEAVE, Scene, camera_ranges, distil_together
+from distill.glb import save_glb, save_obj
 from distill.isotropy import isotropy
-from distill.mesh import extract_mesh, save_glb
+from distill.mesh import extract_mesh
 from distill.page import write_page
 from distill.snapshot import FILE, identity, load_snapshot, new_run
+from distill.texture import textured
 from distill.turntable import save_turntable
 from models.checkpoint import MultiViewModel, load_export, read_info
 from models.device import choose_device
@@ -143,7 +145,11 @@ def finish(job: Job, scene: Scene, model: MultiViewModel, seconds: dict[str, flo
     """Mesh, turntable, and what is said of them."""
     config, run, out, began = job.config, scene.run, job.out, time.monotonic()
     mesh, facts = extract_mesh(run.field, run.occupancy, config.mesh)
-    save_glb(out / "mesh.glb", mesh)
+    mesh, about_texture = textured(run.field, run.occupancy, mesh, facts["iso_density"], config.mesh)
+    facts |= about_texture
+    if config.mesh.obj:
+        save_obj(out / "mesh.obj", mesh, out.name)
+    save_glb(out / "mesh.glb", mesh, out.name)
     meshed = time.monotonic()
     ranges = camera_ranges(config, model.info)
     save_turntable(out, run.field, run.occupancy, ranges.middle, config.turntable)

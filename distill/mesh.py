@@ -1,30 +1,35 @@
-"""From the field to a mesh: an iso level where the rendering becomes opaque, marching cubes, a GLB file.
+"""From the field to a mesh: the iso level whose silhouettes are the renderings', marching cubes, fewer triangles.
 
 Shapes: P grid points, X vertices, T triangles.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 from typing import Any
 
 import numpy as np
 import torch
 import trimesh
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from skimage.measure import marching_cubes
 from torch import Tensor
 
 from data.cameras import camera_rays, orbit_camera
-from data.files import UserError, atomic_file
+from data.files import UserError
 from data.progress import Progress
 from distill.config import MeshConfig
 from distill.field import Field
+from distill.glb import load_glb, save_glb
+from distill.manifold import Surface, decimated, large_pieces, sound
+from distill.silhouette import Masks, opacity_masks, silhouette_iou
+from distill.texture import surface_albedo
 from distill.volume import OccupancyGrid, query, render
 
-# Our world is z up with the front on +x; glTF is y up with the front on +z: (x, y, z) -> (y, z, x).
-TO_GLTF = np.array([[0.0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+__all__ = ["extract_mesh", "load_glb", "save_glb"]  # files are made and read in distill/glb.py
+LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the density that looking rays find, tried against the silhouettes
+FINER = (2**0.5, 2**0.25)  # ratios between the best of them and those tried next
+TRIED_CELLS = 128  # marching-cubes cells a side, at most, for the meshes that are only tried
+BESIDE = 0.01  # least |log density / level| at a grid vertex: a surface just there has triangles without area
 EMPTY = (
     "the field is empty: no ray is as much as half covered, so there is no mesh; the optimisation lost the object. "
     "Try another seed, a lower guidance.scale, or more steps"
@@ -76,98 +81,90 @@ def density_volume(field: Field, occupancy: OccupancyGrid, resolution: int) -> n
     return torch.stack(slabs).view(resolution + 1, resolution + 1, resolution + 1).cpu().numpy()
 
 
-def isosurface(density: np.ndarray, level: float, bound: float) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices (X, 3), world, and outward triangles (T, 3).  Across a surface the logarithm is nearly linear."""
-    height = np.log(np.maximum(density, 1e-3 * level) / level)
+def isosurface(density: np.ndarray, level: float, bound: float, stride: int = 1) -> Surface:
+    """Vertices (X, 3), world, and outward triangles (T, 3).  Across a surface the logarithm is nearly linear.
+
+    stride: uses every so many vertices of the grid a side.  UserError when nothing is as dense as `level`.
+    """
+    coarse = density[::stride, ::stride, ::stride]
+    height = np.log(np.maximum(coarse, 1e-3 * level) / level)
+    height = np.where(np.abs(height) < BESIDE, np.copysign(BESIDE, height), height)
     height = np.pad(height, 1, constant_values=height.min())  # closed even where the object touches the box
     if height.max() <= 0:
         raise UserError(EMPTY)
     vertices, triangles, _, _ = marching_cubes(height, 0.0, gradient_direction="ascent")  # outward winding
-    cell = 2 * bound / (density.shape[0] - 1)
-    return (vertices - 1) * cell - bound, triangles
+    cell = 2 * bound / (density.shape[0] - 1) * stride
+    return (vertices.astype(np.float64) - 1) * cell - bound, triangles.astype(np.int64)
 
 
-def drop_floaters(vertices: np.ndarray, triangles: np.ndarray, keep_share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Keeps the connected pieces with at least `keep_share` of the largest one's triangles."""
-    edges = np.concatenate([triangles[:, :2], triangles[:, 1:]])
-    graph = coo_array((np.ones(len(edges), dtype=bool), edges.T), shape=(len(vertices),) * 2)
-    _, piece = connected_components(graph, directed=False)
-    sizes = np.bincount(piece[triangles[:, 0]])
-    kept = triangles[(sizes >= keep_share * sizes.max())[piece[triangles[:, 0]]]]
-    used = np.unique(kept)
-    renumber = np.zeros(len(vertices), dtype=np.int64)
-    renumber[used] = np.arange(len(used))
-    return vertices[used], renumber[kept]
+def drop_floaters(vertices: np.ndarray, triangles: np.ndarray, keep_share: float) -> Surface:
+    """A sound surface of the pieces with at least `keep_share` of the largest one's triangles, without hollows."""
+    return large_pieces(*sound(vertices, triangles), keep_share)
+
+
+def half_opaque(occupancy: OccupancyGrid) -> list[float]:
+    """Densities at which one step, and one cell of the occupancy grid, take half of the light."""
+    return [math.log(2) / length for length in (occupancy.step, 2 * occupancy.bound / occupancy.live.shape[0])]
+
+
+def best_level(density: np.ndarray, seen: float, occupancy: OccupancyGrid, masks: Masks, keep_share: float) -> float:
+    """Of some levels round `seen`, the one whose mesh covers most nearly what is opaque in the pictures.
+
+    Then its neighbours at smaller and smaller ratios, but never beyond the outermost of LEVELS.
+    """
+    stride = math.ceil((len(density) - 1) / TRIED_CELLS)
+    highest = float(density[::stride, ::stride, ::stride].max())
+    scores: dict[float, float] = {}
+
+    def attempt(levels: list[float]) -> float:
+        for level in levels:
+            if level < highest and seen * LEVELS[0] <= level <= seen * LEVELS[-1] and level not in scores:
+                surface = isosurface(density, level, occupancy.bound, stride)
+                scores[level] = silhouette_iou(*large_pieces(*surface, keep_share), masks)
+        return max(scores, key=lambda level: scores[level], default=min(seen, highest / 2))
+
+    best = attempt([*(seen * share for share in LEVELS), *half_opaque(occupancy)])
+    for ratio in FINER:
+        best = attempt([best / ratio, best * ratio])
+    return best
 
 
 def extract_mesh(field: Field, occupancy: OccupancyGrid, config: MeshConfig) -> tuple[trimesh.Trimesh, dict[str, Any]]:
-    """The field's surface in world axes with sRGB vertex colours, and facts about it."""
-    level = iso_density(field, occupancy)
-    vertices, triangles = isosurface(density_volume(field, occupancy, config.resolution), level, occupancy.bound)
-    faces_found = len(triangles)
-    vertices, triangles = drop_floaters(vertices, triangles, config.keep_share)
-    points = torch.from_numpy(vertices.astype(np.float32)).to(occupancy.live.device)
-    with torch.no_grad():
-        colours = query(lambda part: field(part, normals=False).albedo, points)
-    mesh = trimesh.Trimesh(
-        vertices, triangles, vertex_colors=(colours.clamp(0, 1) * 255).round().byte().cpu().numpy(), process=False
-    )
+    """The field's surface in world axes with sRGB vertex colours, and facts about it.
+
+    No edge has three faces and all faces look outwards.  UserError when the field is empty, or when the surface does
+    not close and `config.watertight` asks for it.
+    """
+    seen = iso_density(field, occupancy)
+    density = density_volume(field, occupancy, config.resolution)
+    masks = opacity_masks(field, occupancy)
+    level = best_level(density, seen, occupancy, masks, config.keep_share)
+    found = isosurface(density, level, occupancy.bound)
+    whole = drop_floaters(*found, config.keep_share)
+    vertices, triangles = decimated(*whole, config.faces, config.keep_share)
+    mesh = trimesh.Trimesh(vertices, triangles, process=False)
+    if config.watertight and not mesh.is_watertight:
+        raise UserError(
+            "mesh.watertight: marching cubes left the surface open; try another mesh.resolution, mesh.faces=0, or "
+            "mesh.watertight=false"
+        )
+    mesh.visual = trimesh.visual.ColorVisuals(mesh, vertex_colors=vertex_colours(field, occupancy, mesh, level, config))
     facts = {
         "iso_density": level,
+        "silhouette_iou": silhouette_iou(vertices, triangles, masks),
         "vertices": len(vertices),
         "faces": len(triangles),
-        "floater_faces_dropped": faces_found - len(triangles),
+        "faces_before_decimation": len(whole[1]),
+        "floater_faces_dropped": max(len(found[1]) - len(whole[1]), 0),
         "watertight": bool(mesh.is_watertight),
         "extent": mesh.extents.tolist(),
     }
     return mesh, facts
 
 
-def srgb_to_linear(colours: np.ndarray) -> np.ndarray:
-    """uint8 to uint8, IEC 61966-2-1."""
-    c = colours / 255.0
-    return np.round(255 * np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)).astype(np.uint8)
-
-
-def linear_to_srgb(colours: np.ndarray) -> np.ndarray:
-    """uint8 to uint8, inverse of `srgb_to_linear` up to rounding."""
-    c = colours / 255.0
-    return np.round(255 * np.where(c <= 0.0031308, c * 12.92, 1.055 * c ** (1 / 2.4) - 0.055)).astype(np.uint8)
-
-
-def _matte(tree: dict[str, Any]) -> None:
-    """glTF's default material is a metal, black without a surrounding to mirror: make it matte."""
-    tree["materials"] = [
-        {"name": "albedo", "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}, "doubleSided": True}
-    ]
-    for part in tree["meshes"]:
-        for primitive in part["primitives"]:
-            primitive["material"] = 0
-
-
-def save_glb(path: Path, mesh: trimesh.Trimesh) -> None:
-    """Writes the mesh in glTF's axes and colour space (COLOR_0 is linear by the standard), and reads it back."""
-    exported: Any = mesh.copy()
-    colours = np.asarray(exported.visual.vertex_colors).copy()
-    exported.apply_transform(TO_GLTF)
-    colours[:, :3] = srgb_to_linear(colours[:, :3])
-    exported.visual.vertex_colors = colours
-    content: bytes = exported.export(file_type="glb", tree_postprocessor=_matte)
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(content)
-    back = load_glb(path)
-    if back.faces.shape != mesh.faces.shape or not np.allclose(back.bounds, mesh.bounds, atol=1e-4):
-        raise RuntimeError(f"{path} does not read back as it was written: {back.bounds} instead of {mesh.bounds}")
-
-
-def load_glb(path: Path) -> trimesh.Trimesh:
-    """A mesh written by `save_glb`, back in world axes with sRGB vertex colours.
-
-    trimesh.load(..., force="mesh") loses the colours: beside a material it keeps COLOR_0 as an attribute of the visual.
-    """
-    (mesh,) = trimesh.load_scene(path, process=False).geometry.values()
-    visual: Any = mesh.visual
-    colours = np.asarray(visual.vertex_attributes["color"]).copy()
-    colours[:, :3] = linear_to_srgb(colours[:, :3])
-    vertices = trimesh.transform_points(mesh.vertices, TO_GLTF.T)
-    return trimesh.Trimesh(vertices, mesh.faces, vertex_colors=colours, process=False)
+def vertex_colours(
+    field: Field, occupancy: OccupancyGrid, mesh: trimesh.Trimesh, level: float, config: MeshConfig
+) -> np.ndarray:
+    """(X, 3) uint8, sRGB."""
+    cell = 2 * occupancy.bound / config.resolution
+    return surface_albedo(field, occupancy, np.asarray(mesh.vertices), np.asarray(mesh.vertex_normals), cell, level)

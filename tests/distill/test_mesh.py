@@ -8,9 +8,22 @@ import torch
 import trimesh
 from analytic_scenes import Ball, Snowman
 
+from conf.cli import ConfigError
 from data.files import UserError
 from distill.config import MeshConfig
-from distill.mesh import drop_floaters, extract_mesh, iso_density, linear_to_srgb, load_glb, save_glb, srgb_to_linear
+from distill.glb import linear_to_srgb, load_glb, save_glb, srgb_to_linear
+from distill.manifold import faults
+from distill.mesh import (
+    LEVELS,
+    best_level,
+    density_volume,
+    drop_floaters,
+    extract_mesh,
+    half_opaque,
+    iso_density,
+    isosurface,
+)
+from distill.silhouette import opacity_masks, silhouette_iou
 from distill.volume import OccupancyGrid, VolumeConfig
 
 
@@ -22,18 +35,70 @@ def grid_of(scene: Ball) -> OccupancyGrid:
     return grid
 
 
-@pytest.mark.parametrize(("radius", "density", "skin"), [(0.35, 200.0, 0.01), (0.45, 30.0, 0.02), (0.2, 1000.0, 0.005)])
+def silhouette_radius(scene: Ball) -> float:
+    """The distance from the centre at which rays past it become half opaque, by integrating the density on them."""
+    along = torch.linspace(-1, 1, 4001)
+    passing = torch.linspace(0, 0.6, 601)
+    points = torch.stack(torch.broadcast_tensors(along, passing[:, None], torch.zeros(())), dim=-1)
+    tau = scene.density(points.view(-1, 3)).view(601, 4001).sum(dim=1) * (2 / 4000)
+    return float(passing[(tau > np.log(2)).nonzero().max()])
+
+
+@pytest.mark.parametrize(
+    ("radius", "density", "skin"), [(0.35, 200.0, 0.01), (0.45, 30.0, 0.02), (0.2, 1000.0, 0.005), (0.35, 4000, 0.001)]
+)
 def test_ball_has_its_radius_colours_and_axes(tmp_path: Path, radius: float, density: float, skin: float) -> None:
     scene = Ball(radius, density, skin)
-    mesh, facts = extract_mesh(scene, grid_of(scene), MeshConfig(resolution=64))  # type: ignore[arg-type]
+    mesh, facts = extract_mesh(scene, grid_of(scene), MeshConfig(resolution=64, watertight=True))  # type: ignore[arg-type]
     r = np.linalg.norm(mesh.vertices, axis=1)
-    assert abs(r.mean() - radius) < 0.02 and r.std() < 0.01
+    assert abs(r.mean() - silhouette_radius(scene)) < 0.008 and r.std() < 0.01
+    assert radius - 0.005 < r.mean() < radius + 8 * skin + 0.005
+    assert facts["silhouette_iou"] > 0.97
     assert mesh.is_watertight and mesh.volume > 0 and facts["watertight"]  # positive: triangles face outwards
     save_glb(tmp_path / "mesh.glb", mesh)
     back = load_glb(tmp_path / "mesh.glb")
     front = back.vertices[:, 0] > 0.05
     assert (back.visual.vertex_colors[front, :3] == [255, 0, 0]).all()
     assert (back.visual.vertex_colors[back.vertices[:, 0] < -0.05, :3] == [0, 0, 255]).all()
+
+
+def test_level_is_the_best_of_those_tried_and_within_their_range() -> None:
+    for scene in (Ball(0.45, 30.0, 0.02), Snowman(density=2000.0, skin=0.004)):
+        grid = grid_of(scene)
+        density, masks = density_volume(scene, grid, 64), opacity_masks(scene, grid)  # type: ignore[arg-type]
+        seen = iso_density(scene, grid)  # type: ignore[arg-type]
+        best = best_level(density, seen, grid, masks, 0.02)
+        assert LEVELS[0] * seen <= best <= LEVELS[-1] * seen
+        score = silhouette_iou(*isosurface(density, best, 0.6), masks)
+        others = [seen * share for share in LEVELS] + half_opaque(grid)
+        for level in others:
+            if LEVELS[0] * seen <= level < density.max():
+                assert score >= silhouette_iou(*isosurface(density, level, 0.6), masks)
+
+
+def test_half_opaque_is_what_it_says() -> None:
+    grid = OccupancyGrid(0.6, VolumeConfig(samples_per_ray=160, occupancy_resolution=24))
+    step, cell = half_opaque(grid)
+    assert 1 - np.exp(-step * grid.step) == pytest.approx(0.5) and 1 - np.exp(-cell * 0.05) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("faces", [0, 3000, 800])
+def test_decimated_mesh_stays_sound_and_near_the_surface(faces: int) -> None:
+    scene = Snowman(density=4000.0, skin=0.001)
+    grid = grid_of(scene)
+    mesh, facts = extract_mesh(scene, grid, MeshConfig(resolution=80, faces=faces))  # type: ignore[arg-type]
+    assert faults(mesh.vertices, mesh.faces) == {} and mesh.is_watertight and mesh.is_winding_consistent
+    if faces:
+        assert abs(len(mesh.faces) - faces) <= 0.02 * faces < facts["faces_before_decimation"]
+    else:
+        assert len(mesh.faces) == facts["faces_before_decimation"] == facts["faces"]
+    points = trimesh.sample.sample_surface(mesh, 20_000, seed=0)[0]
+    body = np.linalg.norm(points - [0.1, 0, -0.1], axis=1) - 0.3
+    head = np.linalg.norm(points - [0.0, 0.1, 0.28], axis=1) - 0.18
+    distance = np.abs(np.minimum(body, head))
+    # a marching-cubes cell is 0.015; the silhouettes of a skin of 0.001 lie 0.006 outside
+    assert distance.mean() < 0.009 and distance.max() < 0.03
+    assert facts["silhouette_iou"] > 0.97
 
 
 def test_gltf_axes_are_y_up_and_front_z(tmp_path: Path) -> None:
@@ -66,6 +131,13 @@ def test_level_lies_in_the_surface() -> None:
     scene = Snowman(density=400.0)
     level = iso_density(scene, grid_of(scene))  # type: ignore[arg-type]
     assert 10 < level < 399  # the mean over the box is below
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    for wrong in ({"texture_size": 1000}, {"texture_size": 32}, {"faces": 10}, {"faces": -1}, {"unwrap_limit_s": 0}):
+        with pytest.raises(ConfigError, match=f"mesh.{next(iter(wrong))}="):
+            MeshConfig(**wrong)  # type: ignore[arg-type]
+    assert MeshConfig(texture_size=0, faces=0).resolution == 256
 
 
 def test_nothing_there_is_said_clearly() -> None:

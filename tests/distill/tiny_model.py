@@ -14,7 +14,8 @@ FIELD = {"bound": 0.6, "levels": 3, "log2_entries": 9, "base_resolution": 4, "ma
 TINY = [
     *(f"field.{key}={value}" for key, value in FIELD.items()),
     "volume.samples_per_ray=32", "volume.occupancy_resolution=16", "schedule.resolutions=[12,16]",
-    "schedule.sets=[2,1]", "mesh.resolution=24", "turntable.frames=3", "turntable.size=32", "turntable.views=2",
+    "schedule.sets=[2,1]", "mesh.resolution=24", "mesh.texture_size=64", "turntable.frames=3",
+    "turntable.size=32", "turntable.views=2",
     "device=cpu", "dtype=float32",
 ]  # fmt: skip
 

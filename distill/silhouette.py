@@ -1,0 +1,112 @@
+"""What a mesh and a field cover in the same pictures: triangles filled without depth, opacity rendered, compared.
+
+Shapes: V views, X vertices, T triangles, K (triangle, pixel) pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data.cameras import camera_rays, orbit_camera
+from distill.field import FieldSamples
+from distill.turntable import RAYS_AT_ONCE
+from distill.volume import OccupancyGrid, render
+
+VIEWS, FOV_DEG, SIZE = 12, 40.0, 128
+PAIRS_AT_ONCE = 2**22  # (triangle, pixel) pairs tested together
+
+
+class Masks(NamedTuple):
+    """V pictures of what is opaque, and the cameras they were taken with."""
+
+    c2w: np.ndarray  # (V, 4, 4)
+    covered: np.ndarray  # (V, S, S) bool
+
+
+def all_around(radius: float) -> torch.Tensor:
+    """Cameras on all sides, below and above, that a ball of `radius` object units just fills -> c2w (VIEWS, 4, 4)."""
+    elevation = torch.tensor([-20.0, 10.0, 40.0, 70.0]).repeat(VIEWS // 4)
+    azimuth = torch.arange(VIEWS) * (360 / VIEWS)
+    return orbit_camera(azimuth, elevation, radius / math.sin(math.radians(FOV_DEG / 2)))
+
+
+@torch.no_grad()
+def opacity_masks(field: Callable[..., FieldSamples], occupancy: OccupancyGrid, size: int = SIZE) -> Masks:
+    """Where rays become at least half opaque, in views that the box around the live cells fills."""
+    device = occupancy.live.device
+    radius = float(torch.maximum(occupancy.low.abs(), occupancy.high.abs()).norm())
+    c2w = all_around(max(radius, 1e-3))
+    rays = camera_rays(c2w.to(device), torch.full((VIEWS,), FOV_DEG, device=device), size, size)
+    opacity = []
+    for o, d in zip(*(x.reshape(-1, 3).split(RAYS_AT_ONCE[device.type]) for x in rays), strict=True):
+        seen = render(field, occupancy, o, d, torch.full((len(o),), 0.5, device=device), normals=False)
+        opacity.append(seen.opacity)
+    return Masks(c2w.numpy(), (torch.cat(opacity) >= 0.5).view(VIEWS, size, size).cpu().numpy())
+
+
+def project(points: np.ndarray, c2w: np.ndarray, fov_deg: float, size: int) -> np.ndarray:
+    """points (X, 3), world, in front of the camera c2w (4, 4) -> (X, 2) in pixels: x right, y down from the corner."""
+    local = (points - c2w[:3, 3]) @ c2w[:3, :3]
+    focal = size / 2 / math.tan(math.radians(fov_deg) / 2)
+    return size / 2 + focal * local[:, :2] * (1, -1) / -local[:, 2:]
+
+
+def filled(corners: np.ndarray, size: int, margin: float = 0.0) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pixels that triangles cover: (triangle (K,), pixel (K,), depth inside (K,)) piece by piece.
+
+    corners (T, 3, 2) in pixels, either winding; pixel = y * size + x.  A pixel counts when its centre lies in the
+    triangle, or, with `margin`, when the square of that half side round its centre touches it (exact but for sharp
+    corners, where it may take one too many).  Depth inside: distance of the centre to the nearest side, negative
+    outside.
+    """
+    low = np.clip(np.ceil(corners.min(axis=1) - 0.5 - margin), 0, size).astype(np.int64)
+    high = np.clip(np.floor(corners.max(axis=1) - 0.5 + margin) + 1, 0, size).astype(np.int64)
+    width, height = np.maximum(high - low, 0).T
+    along = np.roll(corners, -1, axis=1) - corners
+    twice = along[:, 0, 0] * along[:, 1, 1] - along[:, 0, 1] * along[:, 1, 0]  # signed area
+    length = np.linalg.norm(along, axis=2)
+    # unit normals of the sides that point inwards; a triangle without area has no inside
+    inward = np.stack([-along[..., 1], along[..., 0]], axis=-1) * np.sign(twice)[:, None, None]
+    inward /= np.maximum(length, 1e-12)[..., None]
+    slack = margin * np.abs(inward).sum(axis=-1)
+    count = np.where(twice == 0, 0, width * height)
+    ends = count.cumsum()
+    first = 0
+    while first < len(corners):
+        done = ends[first - 1] if first else 0
+        last = max(int(np.searchsorted(ends, done + PAIRS_AT_ONCE, side="right")), first + 1)
+        triangle = np.repeat(np.arange(first, last), count[first:last])
+        place = np.arange(len(triangle)) - (ends - count)[triangle] + done
+        x = low[triangle, 0] + place % width[triangle]
+        y = low[triangle, 1] + place // width[triangle]
+        inside = np.full(len(triangle), np.inf)
+        kept = np.ones(len(triangle), dtype=bool)
+        for side in range(3):
+            start, normal = corners[triangle, side], inward[triangle, side]
+            distance = (x + 0.5 - start[:, 0]) * normal[:, 0] + (y + 0.5 - start[:, 1]) * normal[:, 1]
+            kept &= distance >= -slack[triangle, side]
+            inside = np.minimum(inside, distance)
+        yield triangle[kept], (y * size + x)[kept], inside[kept]
+        first = last
+
+
+def silhouettes(vertices: np.ndarray, triangles: np.ndarray, c2w: np.ndarray, size: int = SIZE) -> np.ndarray:
+    """The pixels whose centre's ray meets the mesh, (V, S, S) bool, for cameras c2w (V, 4, 4) outside of it."""
+    covered = np.zeros((len(c2w), size * size), dtype=bool)
+    for view, pose in zip(covered, c2w, strict=True):
+        corners = project(vertices, pose, FOV_DEG, size)[triangles]
+        for _, pixel, _ in filled(corners, size):
+            view[pixel] = True
+    return covered.reshape(len(c2w), size, size)
+
+
+def silhouette_iou(vertices: np.ndarray, triangles: np.ndarray, masks: Masks) -> float:
+    """Pixels that both cover / pixels that either covers, over all views together; 1 where neither covers any."""
+    found = silhouettes(vertices, triangles, masks.c2w, masks.covered.shape[-1])
+    either = int((found | masks.covered).sum())
+    return int((found & masks.covered).sum()) / either if either else 1.0
