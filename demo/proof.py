@@ -22,6 +22,8 @@ from data.files import UserError, atomic_file, read_json, write_json
 from data.progress import Progress
 from data.shards import decode_image
 from data.stream import composite, views_of
+from distill.glb import load_glb
+from distill.mesh_views import mesh_views
 from distill.snapshot import load_result
 from distill.turntable import render_views, to_bytes
 from models.checkpoint import load_export
@@ -31,6 +33,7 @@ from models.sampling import sample_views
 from train.config import TrainConfig
 
 DISTILLED_DB = 2.0  # the distilled object must beat both baselines by this
+MESH_DB = 2.0  # pictures of the mesh may be worse than the field's by this
 SAMPLES_DB = 3.0  # and the 2D samples, on average over objects, by this
 LEAST_VIEWS = 8
 MANY_STEPS = 20  # what the samples are worth when they are not drawn near their mean; told, not judged
@@ -120,18 +123,20 @@ def render_distilled(folder: Path, truth: Truth) -> Tensor:
     return render_views(result.field, result.occupancy, truth.c2w, truth.fov_deg, truth.views.shape[-1]).rgb
 
 
-def judge(truth: Truth, sampled: Tensor, distilled: Tensor, uid: str) -> dict[str, Any]:
-    """Everything the report's verdict rests on."""
+def judge(truth: Truth, sampled: Tensor, distilled: Tensor, meshed: Tensor, uid: str) -> dict[str, Any]:
+    """Everything the report's verdict rests on.  distilled, meshed: (V, 3, H, W) of the field and of its mesh."""
     base = baselines(truth)
     best = [max(values) for values in zip(*base.values(), strict=True)]
     samples = [against_all(views, truth) for views in sampled]
     own = [row[i] for i, row in enumerate(samples)]
     number = truth.uids.index(uid)
-    field = against_all(distilled, truth)
+    field, mesh = against_all(distilled, truth), against_all(meshed, truth)
     margins = [a - b for a, b in zip(own, best, strict=True)]
     checks = {
         "distilled object is nearest to its own renders": int(np.argmax(field)) == number,
         f"distilled object beats both baselines by {DISTILLED_DB:g} dB": field[number] - best[number] >= DISTILLED_DB,
+        "the mesh is nearest to the object's own renders": int(np.argmax(mesh)) == number,
+        f"pictures of the mesh are within {MESH_DB:g} dB of the field's": field[number] - mesh[number] <= MESH_DB,
         "2D samples of every object are nearest to its own renders": all(
             int(np.argmax(row)) == i for i, row in enumerate(samples)
         ),
@@ -147,6 +152,7 @@ def judge(truth: Truth, sampled: Tensor, distilled: Tensor, uid: str) -> dict[st
         "samples_margin_mean_db": float(np.mean(margins)),
         "distilled": uid,
         "distilled_db": field,
+        "mesh_db": mesh,
         "distilled_margin_db": field[number] - best[number],
         "checks": {name: bool(ok) for name, ok in checks.items()},
         "passed": bool(all(checks.values())),
@@ -179,16 +185,18 @@ def main() -> None:
     sampled = sample_all(checkpoint, truth, views, guidance, few)
     many = sample_all(checkpoint, truth, views, guidance, MANY_STEPS)
     distilled = render_distilled(out / "distill", truth)
+    mesh = load_glb(out / "distill" / "mesh.glb")
+    meshed = mesh_views(mesh, truth.c2w, truth.fov_deg, truth.views.shape[-1]).rgb
     pictures = out / "pictures"
     for uid, reference, views, real in zip(truth.uids, truth.reference, sampled, truth.views, strict=True):
         blank = torch.ones_like(reference)[None]
         save_rows(pictures / "samples" / f"{uid}.png", [torch.cat([reference[None], views]), torch.cat([blank, real])])
-    save_rows(pictures / "distilled.png", [distilled, truth.views[truth.uids.index(arguments.uid)]])
-    proof = judge(truth, sampled, distilled, arguments.uid)
+    save_rows(pictures / "distilled.png", [distilled, meshed, truth.views[truth.uids.index(arguments.uid)]])
+    proof = judge(truth, sampled, distilled, meshed, arguments.uid)
     proof["sample_steps"] = few
     proof["samples_margin_mean_db_by_steps"] = {
         few: proof["samples_margin_mean_db"],
-        MANY_STEPS: judge(truth, many, distilled, arguments.uid)["samples_margin_mean_db"],
+        MANY_STEPS: judge(truth, many, distilled, meshed, arguments.uid)["samples_margin_mean_db"],
     }
     write_json(out / "proof.json", proof)
     print(json.dumps(proof["checks"], indent=1), flush=True)

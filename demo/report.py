@@ -17,8 +17,8 @@ def verdict(proof: dict[str, Any]) -> tuple[bool, str]:
     number = proof["objects"].index(proof["distilled"])
     baselines = {name: values[number] for name, values in proof["baselines_db"].items()}
     words = (
-        f"{proof['distilled']} distilled: {proof['distilled_db'][number]:.1f} dB on {proof['views']} held-out views "
-        f"({', '.join(f'{name} {value:.1f}' for name, value in baselines.items())}); "
+        f"{proof['distilled']} distilled: {proof['distilled_db'][number]:.1f} dB on {proof['views']} held-out views, "
+        f"its mesh {proof['mesh_db'][number]:.1f} dB ({', '.join(f'{name} {value:.1f}' for name, value in baselines.items())}); "
         f"2D samples of {len(proof['objects'])} objects: {proof['samples_margin_mean_db']:+.1f} dB over the better "
         "baseline on average"
     )
@@ -59,8 +59,10 @@ def metrics_tables(proof: dict[str, Any]) -> str:
     for i, uid in enumerate(objects):
         distilled = proof["distilled_db"][i]
         base = [values[i] for values in proof["baselines_db"].values()]
-        rows.append([uid, *base, proof["samples_db"][i][i], proof["samples_margin_db"][i], distilled])
-    headers = ["object", *proof["baselines_db"], "2D samples", "margin", f"NeRF of {proof['distilled']}"]
+        rows.append(
+            [uid, *base, proof["samples_db"][i][i], proof["samples_margin_db"][i], distilled, proof["mesh_db"][i]]
+        )
+    headers = ["object", *proof["baselines_db"], "2D samples", "margin", f"NeRF of {proof['distilled']}", "its mesh"]
     return (
         report.table(
             headers,
@@ -112,8 +114,8 @@ def write_demo_report(out: Path) -> Path:
             )
             + report.picture(
                 out / "pictures" / "distilled.png",
-                f"{uid}: the NeRF at held-out poses, over the renders it should match",
-                "NeRF over ground truth",
+                f"{uid}: the NeRF and its mesh at held-out poses, over the renders they should match",
+                "NeRF and mesh over ground truth",
                 scale=2,
             ),
         ),

@@ -36,6 +36,7 @@ from distill.backend import choose_backend
 from distill.config import MeshConfig
 from distill.field import Field, FieldConfig
 from distill.mesh import extract_mesh
+from distill.sds import depth_variance_loss
 from distill.turntable import render_views
 from distill.volume import OccupancyGrid, VolumeConfig, render
 from models.image_metrics import psnr
@@ -77,6 +78,8 @@ def fit(rgba: Tensor, c2w: Tensor, fov_deg: Tensor, options: argparse.Namespace)
         alpha = wanted[rays, 3:]
         colour = wanted[rays, :3] * alpha + 1 - alpha
         loss = (seen.rgb - colour).square().mean() + 0.1 * (seen.opacity - alpha[:, 0]).square().mean()
+        thin = options.depth_variance * max(2 * step / options.steps - 1, 0)  # once there is a surface
+        loss = loss + thin * depth_variance_loss(seen.depth_variance, seen.opacity)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -144,6 +147,7 @@ def main() -> None:
     parser.add_argument("views", type=Path)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--rays", type=int, default=4096)
+    parser.add_argument("--depth-variance", type=float, default=1.0, help="weight: a thin surface, not a fog")
     parser.add_argument("--levels", type=int, default=10)
     parser.add_argument("--log2-entries", type=int, default=16)
     parser.add_argument("--resolution", type=int, default=160, help="cells of marching cubes")

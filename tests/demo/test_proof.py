@@ -40,7 +40,7 @@ def test_baselines_have_their_analytic_values(truth: Truth) -> None:
 
 
 def test_good_results_pass(truth: Truth) -> None:
-    proof = judge(truth, off(truth.views, 0.1), off(truth.views[1], 0.1), "green")
+    proof = judge(truth, off(truth.views, 0.1), off(truth.views[1], 0.1), off(truth.views[1], 0.12), "green")
     assert proof["passed"] and all(proof["checks"].values())
     assert proof["distilled_db"][1] == pytest.approx(20, abs=1e-3)
     assert [proof["samples_db"][i][i] for i in range(3)] == pytest.approx([20] * 3, abs=1e-3)
@@ -51,19 +51,21 @@ def test_good_results_pass(truth: Truth) -> None:
 @pytest.mark.parametrize(
     ("fails", "change"),
     [
-        ("distilled object is nearest", lambda samples, field: (samples, field.roll(1, dims=1))),
-        ("distilled object beats", lambda samples, field: (samples, off(field, 0.35))),
-        ("2D samples of every object are nearest", lambda samples, field: (samples[[1, 1, 2]], field)),
+        ("distilled object is nearest", lambda samples, field, mesh: (samples, field.roll(1, dims=1), mesh)),
+        ("distilled object beats", lambda samples, field, mesh: (samples, off(field, 0.35), mesh)),
+        ("the mesh is nearest", lambda samples, field, mesh: (samples, field, mesh.roll(1, dims=1))),
+        ("pictures of the mesh", lambda samples, field, mesh: (samples, field, off(mesh, 0.02))),
+        ("2D samples of every object are nearest", lambda samples, field, mesh: (samples[[1, 1, 2]], field, mesh)),
         (
             "2D samples of every object beat",
-            lambda samples, field: (torch.cat([off(samples[:1], 0.6), samples[1:]]), field),
+            lambda samples, field, mesh: (torch.cat([off(samples[:1], 0.6), samples[1:]]), field, mesh),
         ),
-        ("2D samples beat both baselines by 3", lambda samples, field: (off(samples, 0.3), field)),
+        ("2D samples beat both baselines by 3", lambda samples, field, mesh: (off(samples, 0.3), field, mesh)),
     ],
 )
 def test_every_bar_can_fail(truth: Truth, fails: str, change) -> None:
-    samples, field = change(truth.views.clone(), truth.views[1].clone())
-    proof = judge(truth, samples, field, "green")
+    samples, field, mesh = change(truth.views.clone(), off(truth.views[1], 0.05), off(truth.views[1], 0.06))
+    proof = judge(truth, samples, field, mesh, "green")
     missed = [name for name, ok in proof["checks"].items() if not ok]
     assert any(name.startswith(fails) for name in missed) and not proof["passed"]
     ok, words = verdict(proof)

@@ -44,13 +44,13 @@ def test_figures_of_held_out_objects_and_the_same_training(quiet, tiny, held_out
     assert looks[0]["validation/loss/multi"] != looks[1]["validation/loss/multi"]
     assert losses(out) == losses(quiet) and weights_hash(out) == weights_hash(quiet)
 
-    # The last ones again, from the export.
+    # The last ones again, from the export; CPUs round otherwise with another number of threads.
     config = composed(1, tiny, out, *given)
     model = load_export(out / "export")
     dataset = held_out_dataset(config, ViewDataset(config.data.shards, 32, 4, 0))
     assert dataset is not None
     again = held_out_losses(model, dataset, config)
-    assert again == {name: pytest.approx(looks[1][f"validation/{name}"], rel=1e-5) for name in again}
+    assert again == {name: pytest.approx(looks[1][f"validation/{name}"], rel=1e-4) for name in again}
     assert {f"validation/{name}" for name in again} == {name for name in names if "loss" in name}
 
 
