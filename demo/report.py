@@ -16,9 +16,10 @@ def verdict(proof: dict[str, Any]) -> tuple[bool, str]:
     """(passed, words)."""
     number = proof["objects"].index(proof["distilled"])
     baselines = {name: values[number] for name, values in proof["baselines_db"].items()}
+    compared = ", ".join(f"{name} {value:.1f}" for name, value in baselines.items())
     words = (
         f"{proof['distilled']} distilled: {proof['distilled_db'][number]:.1f} dB on {proof['views']} held-out views, "
-        f"its mesh {proof['mesh_db'][number]:.1f} dB ({', '.join(f'{name} {value:.1f}' for name, value in baselines.items())}); "
+        f"its mesh {proof['mesh_db'][number]:.1f} dB ({compared}); "
         f"2D samples of {len(proof['objects'])} objects: {proof['samples_margin_mean_db']:+.1f} dB over the better "
         "baseline on average"
     )
