@@ -21,9 +21,9 @@ from distill.silhouette import filled
 from distill.unwrap import Layout, UnwrapFailed, unwrap
 from distill.volume import QUERY_POINTS, OccupancyGrid
 
-DEPTH = 1.5, 8.0  # marching-cubes cells before and behind the surface whose colours mix: at least, at most
-OPACITY = 0.15  # that the density of the surface makes on half of that way, within these limits
-SAMPLES = 7  # on that way
+SKIN = 1.5, 8.0  # marching-cubes cells before the surface whose colours count: at least, at most
+OPACITY = 0.15  # that the density of the surface makes on that way, within these limits
+BEFORE, SAMPLES = 3, 24  # samples before the surface, and in all
 HALF_TEXEL = 0.5
 
 
@@ -38,22 +38,22 @@ def surface_albedo(
 ) -> np.ndarray:
     """points and outward unit normals (N, 3), world, where the density is `level` -> (N, 3) uint8, sRGB.
 
-    Volume rendering over a short way inwards, since the picture of a field is a mixture of what lies in its skin.  The
-    way is the longer the thinner the field; cell: object units.
+    Volume rendering along the normal from a little before the surface far into it, since the picture of a field is a
+    mixture of what lies in its skin and, where that is thin, behind.  Steps are the longer the thinner the field; cell:
+    object units.
     """
     device = occupancy.live.device
-    depth = min(max(OPACITY / level, DEPTH[0] * cell), DEPTH[1] * cell)
-    offsets = torch.linspace(depth, -depth, SAMPLES, device=device)
-    step = 2 * depth / (SAMPLES - 1)
+    step = min(max(OPACITY / level, SKIN[0] * cell), SKIN[1] * cell) / BEFORE
+    offsets = step * (BEFORE - torch.arange(SAMPLES, device=device))
     both = torch.from_numpy(np.concatenate([points, normals], axis=1).astype(np.float32)).to(device)
     colours = [
-        _short_ray(field, occupancy, part[:, :3], part[:, 3:], offsets, step)
+        _along_normals(field, occupancy, part[:, :3], part[:, 3:], offsets, step)
         for part in both.split(QUERY_POINTS[device.type] // SAMPLES)
     ]
     return (torch.cat(colours).clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 
-def _short_ray(
+def _along_normals(
     field: Callable[..., FieldSamples],
     occupancy: OccupancyGrid,
     points: Tensor,
@@ -68,7 +68,7 @@ def _short_ray(
     tau = (asked.density * occupancy.lookup(places) * step).view(len(points), -1)
     before = tau.cumsum(dim=1) - tau
     weights = (-before).exp() * -torch.expm1(-tau)
-    weights[:, int(offsets.abs().argmin())] += 1e-6  # the surface itself where there is next to nothing around it
+    weights[:, BEFORE] += 1e-6  # the surface itself where there is next to nothing around it
     albedo = asked.albedo.view(len(points), -1, 3)
     return (weights[..., None] * albedo).sum(dim=1) / weights.sum(dim=1, keepdim=True)
 
