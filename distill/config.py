@@ -169,6 +169,7 @@ class GenerateConfig:
     backend: str = "auto"  # of the renderer: torch, triton, or auto, which is triton on CUDA
     compile: str | None = "auto"  # torch.compile's backend for the diffusion model; auto: inductor on CUDA; null: none
     dtype: str = "auto"  # of the diffusion model: float32, bfloat16; auto is bfloat16 on CUDA, float32 elsewhere
+    preview: int | None = None  # port of a web page that shows the objects while they are distilled; null: none
     snapshot_every: int = 500  # steps between snapshots to continue from
     elevation_deg: list[float] | None = None  # low, high; null: what the checkpoint was trained on
     fov_deg: list[float] | None = None  # vertical, likewise
@@ -187,6 +188,10 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         check(self.steps >= 1, f"steps={self.steps} must be at least 1")
         check(self.objects_at_once >= 1, f"objects_at_once={self.objects_at_once} must be at least 1")
+        check(
+            self.preview is None or 1 <= self.preview <= 65535,
+            f"preview={self.preview} must be a port from 1 to 65535, such as 8080, or null",
+        )
         check(self.snapshot_every >= 1, f"snapshot_every={self.snapshot_every} must be at least 1")
         check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype} must be auto, float32 or bfloat16")
         check(self.backend in BACKENDS, f"backend={self.backend} must be one of {', '.join(BACKENDS)}")

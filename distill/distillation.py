@@ -24,6 +24,7 @@ from data.progress import Progress
 from distill import sds
 from distill.config import GenerateConfig
 from distill.field import FieldSamples
+from distill.preview import Preview
 from distill.snapshot import FILE, Run, save_snapshot
 from distill.views import Lighting, random_cameras, random_lighting, random_lights, shade
 from distill.volume import Rendering, render
@@ -219,7 +220,9 @@ class Scene:
         save_snapshot(self.out / FILE, self.run, self.identity)
 
 
-def distil_together(scenes: list[Scene], model: MultiViewModel, config: GenerateConfig) -> int:
+def distil_together(
+    scenes: list[Scene], model: MultiViewModel, config: GenerateConfig, preview: Preview | None = None
+) -> int:
     """Runs the steps that each object lacks.  Returns the signal that cut them short, or 0.
 
     An object whose loss is no number any more is given up, with a snapshot of its last sound step; the others go on.
@@ -237,6 +240,8 @@ def distil_together(scenes: list[Scene], model: MultiViewModel, config: Generate
                 means = {name: sum(one[name] for one in last) / len(last) for name in ("loss", "opacity")}
                 progress.update(min(scene.run.step for scene in going if not scene.failed) - progress.done,
                                 loss=f"{means['loss']:.3g}", opacity=f"{means['opacity']:.3f}")  # fmt: skip
+            if preview is not None:
+                preview.show({scene.out.name: scene.run for scene in scenes})
             for scene in going:
                 if scene.run.step % config.snapshot_every == 0 or scene.failed:
                     scene.save()

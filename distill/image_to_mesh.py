@@ -22,6 +22,7 @@ from distill.glb import save_glb, save_obj
 from distill.isotropy import isotropy
 from distill.mesh import extract_mesh
 from distill.page import write_page
+from distill.preview import Preview
 from distill.snapshot import FILE, identity, load_snapshot, new_run
 from distill.texture import textured
 from distill.turntable import save_turntable
@@ -97,6 +98,10 @@ def given_up(config: GenerateConfig, failed: dict[str, str], count: int) -> Any:
 def distil_and_mesh(jobs: list[Job], device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Goes on from the snapshots in each `out` where there are any."""
     shared, failed = jobs[0].config, dict[str, str]()
+    preview = None
+    if shared.preview is not None:
+        camera = camera_ranges(shared, read_info(shared.checkpoint)).middle
+        preview = Preview(shared.preview, [job.out.name for job in jobs], camera)
     model = load_export(shared.checkpoint, device, dtype, decoder=False)
     compiled = ("inductor" if device.type == "cuda" else None) if shared.compile == "auto" else shared.compile
     if compiled is not None:
@@ -110,7 +115,7 @@ def distil_and_mesh(jobs: list[Job], device: torch.device, dtype: torch.dtype) -
             started.append(job)
     ready, first = time.monotonic(), [scene.run.step for scene in scenes]
 
-    stopped_by = distil_together(scenes, model, shared)
+    stopped_by = distil_together(scenes, model, shared, preview)
     distilled = time.monotonic()
     for scene in scenes:
         write_json(scene.out / "losses.json", scene.run.losses)

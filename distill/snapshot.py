@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "wandb",
     "device",
     "backend",
+    "preview",
     "snapshot_every",
     "mesh",
     "turntable",

@@ -45,14 +45,21 @@ def render_views(
     parts, rays = [], 0
     with Progress("rendering", len(c2w), "view") as progress:
         for o, d in zip(*(x.split(RAYS_AT_ONCE[device.type]) for x in (origins, directions)), strict=True):
-            seen = render(field, occupancy, o, d, torch.full((len(o),), 0.5, device=device))
-            length = seen.normal.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-            normal = 1 + seen.opacity[:, None] * ((seen.normal / length + 1) / 2 - 1)
-            parts.append(torch.cat([seen.rgb, normal, seen.opacity[:, None], seen.depth[:, None]], dim=-1).cpu())
+            parts.append(picture_of_rays(field, occupancy, o, d).cpu())
             rays += len(o)
             progress.update(rays // size**2 - progress.done)
     image = torch.cat(parts).view(len(c2w), size, size, 8).permute(0, 3, 1, 2)
     return Views(image[:, :3].clamp(0, 1), image[:, 3:6].clamp(0, 1), image[:, 6], image[:, 7])
+
+
+def picture_of_rays(
+    field: Callable[..., FieldSamples], occupancy: OccupancyGrid, origins: Tensor, directions: Tensor
+) -> Tensor:
+    """Rays (R, 3) -> (R, 8): colour, normal over white, opacity, depth, as in Views."""
+    seen = render(field, occupancy, origins, directions, torch.full((len(origins),), 0.5, device=origins.device))
+    length = seen.normal.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    normal = 1 + seen.opacity[:, None] * ((seen.normal / length + 1) / 2 - 1)
+    return torch.cat([seen.rgb, normal, seen.opacity[:, None], seen.depth[:, None]], dim=-1)
 
 
 def ring(count: int, elevation_deg: float, fov_deg: float, framing: float) -> Tensor:
