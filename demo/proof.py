@@ -97,7 +97,6 @@ def sample_all(checkpoint: Path, truth: Truth, num_views: int, guidance: float, 
     if total % num_views:
         raise UserError(f"{total} posed views do not divide into sets of {num_views}; render with another eval_views")
     model = load_export(checkpoint)
-    model = load_export(checkpoint)
     sampled = torch.zeros_like(truth.views)
     with torch.no_grad():
         context = embed_image(model.image_encoder, truth.reference)

@@ -1,0 +1,1 @@
+"""How good is it?  Pictures and meshes against ground truth, and without."""

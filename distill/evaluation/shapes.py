@@ -1,0 +1,180 @@
+"""How alike two shapes are.  Plain functions of points and meshes; lengths in the units of what is given.
+
+Shapes: P, Q points; X vertices, T triangles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import trimesh
+from scipy.spatial import cKDTree
+
+from data.cameras import orbit_camera
+from data.files import UserError
+from distill.silhouette import FOV_DEG, all_around, filled, project
+
+YAW_STEP_DEG = 5.0
+COARSE_POINTS = 2_000  # for the search over rotations
+NEIGHBOURS = 4
+SIGHT = 512  # pixels a side of the pictures that tell what can be seen
+
+
+class Samples(NamedTuple):
+    """P points on a surface, uniform in area."""
+
+    points: np.ndarray  # (P, 3)
+    normals: np.ndarray  # (P, 3) unit, of the triangle
+    corners: np.ndarray  # (P, 3, 3) of the triangle
+
+
+def unit_box(vertices: np.ndarray) -> np.ndarray:
+    """(X, 3) -> the longest side of the bounding box 1, its centre at the origin (SyncDreamer, eval_mesh.py)."""
+    scaled = vertices * (1 / np.max(vertices.max(axis=0) - vertices.min(axis=0)))
+    return scaled - (scaled.max(axis=0) + scaled.min(axis=0))[None] / 2
+
+
+def sample_surface(mesh: trimesh.Trimesh, count: int, seed: int = 0) -> Samples:
+    """`count` points on all of the surface, inside parts too."""
+    points, faces = trimesh.sample.sample_surface(mesh, count, seed=seed)[:2]
+    return Samples(np.asarray(points), np.asarray(mesh.face_normals)[faces], np.asarray(mesh.triangles)[faces])
+
+
+def sample_visible(mesh: trimesh.Trimesh, count: int, seed: int = 0) -> Samples:
+    """As `sample_surface`, but only points that some of 12 cameras outside and all around see: the skin of the object.
+
+    What one cannot see (a seat's underside that lies on its frame, parts inside) is in many assets and in no picture.
+    """
+    vertices = np.asarray(mesh.vertices)
+    centre = (vertices.max(axis=0) + vertices.min(axis=0)) / 2
+    radius = float(np.linalg.norm(vertices - centre, axis=1).max())
+    c2w = all_around(radius).double().numpy()
+    c2w[:, :3, 3] += centre
+    below = orbit_camera(0.0, -80.0, radius / np.sin(np.radians(FOV_DEG / 2))).double().numpy()[None]
+    below[:, :3, 3] += centre
+    poses = np.concatenate([c2w, below])
+    depths = [nearest_depth(mesh, pose, SIGHT) for pose in poses]
+
+    def seen(points: np.ndarray) -> np.ndarray:
+        found = np.zeros(len(points), dtype=bool)
+        for pose, depth in zip(poses, depths, strict=True):
+            x, y = np.clip(np.floor(project(points, pose, FOV_DEG, SIGHT)).astype(int), 0, SIGHT - 1).T
+            away = -((points - pose[:3, 3]) @ pose[:3, 2])
+            found |= away < depth[y, x] + 4 * radius / SIGHT  # two pixels' width
+        return found
+
+    kept: list[Samples] = []
+    total, drawn = 0, 0
+    while total < count:
+        more = sample_surface(mesh, 2 * count, seed + drawn)
+        which = seen(more.points)
+        if not which.any() or drawn == 50:
+            raise UserError("a mesh whose surface no camera around it sees cannot be compared")
+        kept.append(Samples(*(column[which] for column in more)))
+        total, drawn = total + int(which.sum()), drawn + 1
+    return Samples(*(np.concatenate(column)[:count] for column in zip(*kept, strict=True)))
+
+
+def nearest_depth(mesh: trimesh.Trimesh, c2w: np.ndarray, size: int) -> np.ndarray:
+    """Distance along the view axis to the first triangle, either side, (size, size); infinite where there is none."""
+    corners = np.asarray(mesh.vertices)[mesh.faces]
+    away = -((corners - c2w[:3, 3]) @ c2w[:3, 2])
+    flat = project(corners.reshape(-1, 3), c2w, FOV_DEG, size).reshape(-1, 3, 2)
+    depth = np.full(size * size, np.inf)
+    for face, pixel, _ in filled(flat, size):
+        weights = flat_weights(flat[face], np.stack([pixel % size + 0.5, pixel // size + 0.5], axis=1))
+        np.minimum.at(depth, pixel, 1 / np.einsum("ki,ki->k", weights, 1 / away[face]))  # 1/depth is linear on screen
+    return depth.reshape(size, size)
+
+
+def flat_weights(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Barycentric coordinates (K, 3) of points (K, 2) in triangles (K, 3, 2) that have an area."""
+    a, b, c = corners.swapaxes(0, 1)
+
+    def area(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> np.ndarray:
+        return (q[:, 0] - p[:, 0]) * (r[:, 1] - p[:, 1]) - (r[:, 0] - p[:, 0]) * (q[:, 1] - p[:, 1])
+
+    parts = np.stack([area(points, b, c), area(a, points, c), area(a, b, points)], axis=1)
+    return parts / parts.sum(axis=1, keepdims=True)
+
+
+class Distances(NamedTuple):
+    """From the points on each of two surfaces to the other surface."""
+
+    to_truth: np.ndarray  # (P,)
+    to_pred: np.ndarray  # (Q,)
+    normal_agreement: float  # mean |cosine| between the normals of the pairs, both ways, in [0, 1]
+
+
+def distances(pred: Samples, truth: Samples) -> Distances:
+    to_truth, one = to_surface(pred, truth)
+    to_pred, other = to_surface(truth, pred)
+    return Distances(to_truth, to_pred, float(one.mean() + other.mean()) / 2)
+
+
+def to_surface(samples: Samples, surface: Samples) -> tuple[np.ndarray, np.ndarray]:
+    """Distances (P,) to the nearest of the triangles of the NEIGHBOURS nearest points, and |cosine| (P,) with it.
+
+    To points alone the distance of a shape to itself would be that between neighbouring points.
+    """
+    _, nearest = cKDTree(surface.points).query(samples.points, k=NEIGHBOURS)
+    asked = np.repeat(samples.points, NEIGHBOURS, axis=0)
+    foot = trimesh.triangles.closest_point(surface.corners[nearest.ravel()], asked)
+    away = np.linalg.norm(foot - asked, axis=1).reshape(nearest.shape)
+    best = away.argmin(axis=1)
+    rows = np.arange(len(best))
+    normals = surface.normals[nearest[rows, best]]
+    return away[rows, best], np.abs(np.einsum("pi,pi->p", samples.normals, normals))
+
+
+def chamfer_l1(found: Distances) -> float:
+    """Mean of both directions' mean distances (Mescheder et al. 2019, without their factor)."""
+    return float(found.to_truth.mean() + found.to_pred.mean()) / 2
+
+
+def chamfer_l2(found: Distances) -> float:
+    """Sum of both directions' mean squared distances (Fan et al. 2017, divided by the number of points)."""
+    return float(np.square(found.to_truth).mean() + np.square(found.to_pred).mean())
+
+
+def f_score(found: Distances, near: float) -> float:
+    """Harmonic mean of the shares of points within `near` of the other shape (Knapitsch et al. 2017)."""
+    precision, recall = float((found.to_truth < near).mean()), float((found.to_pred < near).mean())
+    return 2 * precision * recall / max(precision + recall, 1e-12)
+
+
+def turned(points: np.ndarray, yaw_deg: float) -> np.ndarray:
+    """Points (P, 3) turned about z."""
+    angle = np.radians(yaw_deg)
+    c, s = np.cos(angle), np.sin(angle)
+    return points @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]).T
+
+
+def best_yaw(pred: np.ndarray, truth: np.ndarray) -> float:
+    """Degrees about z that bring pred (P, 3) nearest to truth (Q, 3), by Chamfer distance; to a quarter of a degree."""
+    rng = np.random.default_rng(0)
+    few = pred[rng.permutation(len(pred))[:COARSE_POINTS]]
+    against = truth[rng.permutation(len(truth))[:COARSE_POINTS]]
+    tree = cKDTree(against)
+
+    def cost(yaw: float) -> float:
+        moved = turned(few, yaw)
+        return float(tree.query(moved)[0].mean() + cKDTree(moved).query(against)[0].mean())
+
+    best = min(np.arange(-180, 180, YAW_STEP_DEG), key=cost)
+    for step in (YAW_STEP_DEG / 5, YAW_STEP_DEG / 20):
+        best = min(best + step * np.arange(-5, 6), key=cost)
+    return float(best)
+
+
+def rigid_motion(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(4, 4) that brings pred (P, 3) to truth (Q, 3): the best yaw, then iterative closest points, without scaling."""
+    yaw = best_yaw(pred, truth)
+    start = np.eye(4)
+    start[:3, :3] = turned(np.eye(3), yaw).T
+    rng = np.random.default_rng(0)
+    few = pred[rng.permutation(len(pred))[: 4 * COARSE_POINTS]]
+    return np.asarray(
+        trimesh.registration.icp(few, truth, initial=start, threshold=1e-7, max_iterations=60, reflection=False, scale=False)[0]
+    )  # fmt: skip

@@ -1,0 +1,52 @@
+"""From numbers an object to numbers over objects: means with intervals, and quality over azimuth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Percentile interval at 95 % of the mean, objects drawn with replacement (Efron 1979); one value is its own."""
+    data = np.sort(np.asarray(values, dtype=np.float64))  # sorted: the order of objects changes nothing
+    drawn = np.random.default_rng(seed).integers(len(data), size=(RESAMPLES, len(data)))
+    low, high = np.quantile(data[drawn].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def means(objects: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float]]:
+    """Of each metric: mean, low and high of its interval, and how many objects have it."""
+    names = list(dict.fromkeys(name for values in objects.values() for name in values))
+    found = {}
+    for name in names:
+        have = [float(v) for values in objects.values() if (v := values.get(name)) is not None]
+        if have:
+            low, high = bootstrap(have)
+            found[name] = {"mean": float(np.mean(np.sort(have))), "low": low, "high": high, "objects": len(have)}
+    return found
+
+
+def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+    """Mean over the objects of both of a - b, with its interval: the same objects under two methods."""
+    shared = sorted(a.keys() & b.keys())
+    differences = [a[name] - b[name] for name in shared]
+    low, high = bootstrap(differences)
+    return {"mean": float(np.mean(differences)), "low": low, "high": high, "objects": len(shared)}
+
+
+def by_azimuth(views: Sequence[tuple[float, float]], bins: int = 8) -> dict[str, Any] | None:
+    """(azimuth in degrees from the reference, dB) of all views -> mean dB in `bins` sectors, and their spread.
+
+    Isotropic: all sides are as good; the spread (standard deviation over sectors) is 0.  None with one sector alone.
+    """
+    sector = [int(((azimuth + 180 / bins) % 360) // (360 / bins)) for azimuth, _ in views]
+    there = sorted(set(sector))
+    if len(there) < 2:
+        return None
+    mean = [float(np.mean([db for (_, db), s in zip(views, sector, strict=True) if s == one])) for one in there]
+    return {"azimuth_deg": [one * 360 / bins for one in there], "psnr": mean, "spread_db": float(np.std(mean))}

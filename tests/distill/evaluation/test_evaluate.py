@@ -1,0 +1,190 @@
+"""The command: objects found, compared and written down; bad input answered in a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+from data.cameras import orbit_camera
+from data.files import UserError
+from distill.evaluation.config import EvaluateConfig
+from distill.evaluation.evaluation import evaluate
+
+ROOT = Path(__file__).resolve().parents[3]
+FOV_DEG, SIZE = 40.0, 48
+
+
+def coloured_ball(colour: tuple[int, int, int], radius: float = 0.4) -> trimesh.Trimesh:
+    mesh = trimesh.creation.icosphere(subdivisions=3, radius=radius)
+    return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_colors=np.tile((*colour, 255), (len(mesh.vertices), 1)))
+
+
+def rendered(folder: Path, colours: list[tuple[int, int, int]], azimuths_deg: list[float] | None = None) -> None:
+    """A folder as data/render.py leaves it, of a disc of one colour a view."""
+    folder.mkdir(parents=True)
+    azimuths_deg = azimuths_deg or [i * 360 / len(colours) for i in range(len(colours))]
+    y, x = np.mgrid[:SIZE, :SIZE] + 0.5 - SIZE / 2
+    disc = x**2 + y**2 < (SIZE / 3) ** 2
+    views = []
+    for number, (colour, azimuth) in enumerate(zip(colours, azimuths_deg, strict=True)):
+        picture = np.zeros((SIZE, SIZE, 4), dtype=np.uint8)
+        picture[disc] = (*colour, 255)
+        Image.fromarray(picture).save(folder / f"{number:03d}.png")
+        pose = orbit_camera(torch.tensor(azimuth), torch.tensor(20.0), torch.tensor(2.0))
+        views.append(
+            {
+                "file": f"{number:03d}.png",
+                "role": "eval",
+                "ring": 0,
+                "index": number,
+                "c2w": pose.tolist(),
+                "fov_deg": FOV_DEG,
+            }
+        )
+    (folder / "meta.json").write_text(json.dumps({"uid": folder.name, "views": views}))
+
+
+def config(tmp_path: Path, **given: object) -> EvaluateConfig:
+    return EvaluateConfig(
+        **{"pred": str(tmp_path / "pred"), "truth": str(tmp_path / "truth"), "out": str(tmp_path / "out"),
+           "lpips": "none", "points": 5000, "device": "cpu", **given}  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def test_views_of_several_objects(tmp_path: Path) -> None:
+    for name, off in (("chair", 0), ("lamp", 51)):
+        rendered(tmp_path / "truth" / name, [(100, 50, 20)] * 8)
+        rendered(tmp_path / "pred" / name, [(100 + off, 50 + off, 20 + off)] * 8)
+    told = evaluate(config(tmp_path))
+    saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert saved["objects"] == told["objects"]
+    assert saved["protocol"] == "isotropic3d-ours/1"
+    assert told["objects"]["lamp"]["psnr_masked"] == pytest.approx(-20 * np.log10(0.2), abs=0.02)
+    assert told["objects"]["lamp"]["psnr"] > told["objects"]["lamp"]["psnr_masked"]
+    assert told["objects"]["chair"]["psnr"] >= 60
+    assert told["means"]["psnr"]["objects"] == 2
+    assert told["objects"]["chair"]["janus"] == pytest.approx(told["objects"]["chair"]["janus_truth"])
+    assert "clip_similarity" in told["not_measured"]
+    page = (tmp_path / "out" / "evaluation.html").read_text()
+    assert page.index(">lamp<") < page.index(">chair<")  # the worst first
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_views_are_paired_by_camera_where_both_have_one(tmp_path: Path) -> None:
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (90, 90, 90)]
+    rendered(tmp_path / "truth" / "chair", colours, [0, 90, 180, 270])
+    rendered(tmp_path / "pred" / "chair", colours[::-1], [270, 180, 90, 0])
+    rendered(tmp_path / "numbers" / "chair", colours[::-1], [0, 90, 180, 270])
+    assert evaluate(config(tmp_path))["means"]["psnr"]["mean"] >= 60
+    wrong = evaluate(config(tmp_path, pred=str(tmp_path / "numbers"), out=str(tmp_path / "wrong")))
+    assert wrong["means"]["psnr"]["mean"] < 20
+
+
+def test_a_mesh_against_views_and_against_a_mesh(tmp_path: Path) -> None:
+    for side, radius in (("truth", 0.4), ("pred", 0.4)):
+        (tmp_path / side).mkdir()
+        coloured_ball((200, 60, 30), radius).export(tmp_path / side / "ball.ply")
+    told = evaluate(config(tmp_path))
+    values = told["objects"]["ball"]
+    assert values["chamfer_l1"] < 1e-3 and values["f_score_0.02"] == 1.0 and values["volume_iou"] > 0.99
+    rendered(tmp_path / "views" / "ball", [(200, 60, 30)] * 4)
+    told = evaluate(config(tmp_path, truth=str(tmp_path / "views"), out=str(tmp_path / "out2")))
+    assert 0.3 < told["objects"]["ball"]["mask_iou"] <= 1
+
+
+def test_scale_and_units(tmp_path: Path) -> None:
+    """Both ten times as large: the same figures, normalised or not."""
+    one, other = trimesh.creation.box((1, 0.5, 0.4)), trimesh.creation.box((1.2, 0.5, 0.4))
+    figures = []
+    for scale in (1.0, 10.0):
+        for side, mesh in (("pred", one), ("truth", other)):
+            (tmp_path / f"{side}{scale}").mkdir()
+            mesh.copy().apply_scale(scale).export(tmp_path / f"{side}{scale}" / "box.ply")
+        for normalise in ("box", "none"):
+            told = evaluate(config(
+                tmp_path, pred=str(tmp_path / f"pred{scale}"), truth=str(tmp_path / f"truth{scale}"),
+                out=str(tmp_path / f"{normalise}{scale}"), normalise=normalise, surface="all",
+            ))  # fmt: skip
+            figures.append(told["objects"]["box"])
+    for a, b in ((figures[0], figures[2]), (figures[1], figures[3])):
+        for name, value in a.items():
+            assert b[name] == pytest.approx(value, abs=2e-3), name
+    assert figures[0]["chamfer_l1"] != pytest.approx(figures[1]["chamfer_l1"], abs=1e-3)
+
+
+def test_alignment_mends_a_turn(tmp_path: Path) -> None:
+    bar = trimesh.util.concatenate(
+        [trimesh.creation.box((1, 0.3, 0.3)), trimesh.creation.box((0.3, 0.3, 0.6)).apply_translation((0.35, 0, 0.15))]
+    )
+    for side, angle in (("truth", 0.0), ("pred", 70.0)):
+        (tmp_path / side).mkdir()
+        turn = trimesh.transformations.rotation_matrix(np.radians(angle), (0, 0, 1))
+        bar.copy().apply_transform(turn).export(tmp_path / side / "bar.ply")
+    figures = {}
+    for align in ("none", "yaw", "icp"):
+        told = evaluate(config(tmp_path, align=align, normalise="none", points=3000, out=str(tmp_path / align)))
+        figures[align] = told["objects"]["bar"]["chamfer_l1"]
+    assert figures["none"] > 0.05 > 0.006 > figures["yaw"]
+    assert figures["icp"] < 0.006
+
+
+def test_presets_name_what_they_measured(tmp_path: Path) -> None:
+    for side in ("pred", "truth"):
+        (tmp_path / side).mkdir()
+        trimesh.creation.icosphere(subdivisions=3, radius=0.5).export(tmp_path / side / "ball.ply")
+    for preset in ("syncdreamer_gso", "eschernet_gso"):
+        told = evaluate(config(tmp_path, preset=preset, out=str(tmp_path / preset)))
+        assert told["protocol"] == f"isotropic3d-{preset}/1"
+        assert told["objects"]["ball"]["chamfer"] < 2e-3 and told["objects"]["ball"]["volume_iou"] > 0.99
+
+
+def test_consistency_tells_one_object_from_many(tmp_path: Path) -> None:
+    rendered(tmp_path / "truth" / "one", [(200, 100, 50)] * 8)
+    rendered(tmp_path / "pred" / "one", [((i % 2) * 220, 100, 200 - (i % 2) * 200) for i in range(8)])
+    told = evaluate(config(tmp_path, consistency_steps=30))
+    values = told["objects"]["one"]
+    assert values["consistency_psnr_truth"] > values["consistency_psnr"] + 3
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda t: None, "does not exist"),
+        (lambda t: (t / "pred").mkdir(), "holds no object"),
+        (lambda t: rendered(t / "pred" / "stool", [(1, 2, 3)] * 4), "nothing called stool"),
+        (lambda t: ((t / "pred" / "chair").mkdir(parents=True), (t / "pred" / "chair" / "mesh.glb").write_bytes(b"glTF")),
+         "cannot be read as a mesh"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_named(tmp_path: Path, make: object, words: str) -> None:
+    for name in ("chair", "table"):
+        rendered(tmp_path / "truth" / name, [(1, 2, 3)] * 4)
+        coloured_ball((1, 2, 3)).export(tmp_path / "truth" / name / "mesh.ply")
+    make(tmp_path)  # type: ignore[operator]
+    with pytest.raises(UserError, match=words):
+        evaluate(config(tmp_path))
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_the_command_answers_in_a_line(tmp_path: Path) -> None:
+    rendered(tmp_path / "truth" / "chair", [(9, 9, 9)] * 4)
+    command = [sys.executable, str(ROOT / "distill" / "evaluate.py"), f"truth={tmp_path}/truth", f"out={tmp_path}/out"]
+    environment = {**os.environ, "HYDRA_FULL_ERROR": "0"}
+    for words, told in (
+        ([f"pred={tmp_path}/none"], "does not exist"),
+        ([f"pred={tmp_path}/truth", "presett=ours"], "preset"),
+    ):
+        found = subprocess.run(
+            [*command, *words], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+        )
+        assert found.returncode != 0
+        assert told in found.stderr and "Traceback" not in found.stderr
