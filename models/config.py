@@ -89,6 +89,7 @@ class ReferenceConfig:
     fill: float | None = (
         None  # centre the object, its longer side this share of the picture; null leaves it where it is
     )
+    background: str = "refuse"  # one that is neither transparent, nor cut out, nor white; keep: the embedding sees it
 
     def __post_init__(self) -> None:
         check(
@@ -98,6 +99,7 @@ class ReferenceConfig:
         check(
             self.fill is None or 0.05 <= self.fill <= 1, f"reference.fill={self.fill} must lie in [0.05, 1], or be null"
         )
+        check(self.background in ("refuse", "keep"), f"reference.background={self.background} must be refuse or keep")
 
 
 @dataclass

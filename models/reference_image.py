@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from data.files import UserError
 from models.config import ReferenceConfig
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # others start programs (EPS) or are no pictures of objects
-MAX_SIDE = 16384  # pixels; a larger picture is refused before it is decoded
+MAX_SIDE, MAX_MEGAPIXELS = 16384, 150  # a larger picture is refused before it is decoded
+LARGE = 2048  # pixels a side; what is larger is shrunk, since encoders look at a few hundred
 OPAQUE = 8 / 255  # alpha below this is background
 
 
@@ -30,42 +32,70 @@ def load_reference_image(path: str | Path, config: ReferenceConfig | None = None
     config = config or ReferenceConfig()
     picture = read_picture(Path(path))
     pixels = np.asarray(on_white(picture))
-    if (pixels == pixels[0, 0]).all():
+    blank = bool((pixels == pixels[0, 0]).all())
+    if blank:
         print(f"note: {path} is of one colour throughout: there is no object in it to see")
     if has_alpha(picture):
         pass
     elif config.matting:
         picture = cut_out(picture, config.matting_model)
-    elif not white_border(picture):
-        print(f"note: {path} has a background, which the embedding sees too; cut the object out, or {MATTING}")
+    elif config.background == "refuse" and not (blank or white_border(picture)):
+        raise UserError(
+            f"image {path} has a background, which the embedding would see too, and the model knows objects on white "
+            "alone; cut the object out (transparent or white around it), give reference.matting=true (pip install "
+            "'.[matting]'), or reference.background=keep to take it as it is"
+        )
     if config.fill is not None:
         picture = centred(picture, config.fill, path)
     return picture_to_tensor(picture)
 
 
-MATTING = "give reference.matting=true"
+SCALE_IT = f"scale it to at most {MAX_SIDE} pixels a side and {MAX_MEGAPIXELS} megapixels"
 
 
 def read_picture(path: Path) -> Image.Image:
+    """RGBA, upright, at most LARGE a side.  UserError for what is not a picture, or too small or large a one."""
     if not path.is_file():
         raise UserError(f"image {path} does not exist")
     try:
-        with Image.open(path, formats=FORMATS) as picture:
-            if max(picture.size) > MAX_SIDE:
-                raise UserError(f"image {path} is {picture.width} x {picture.height}; scale it below {MAX_SIDE} a side")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_MEGAPIXELS is our own limit
+            opened = Image.open(path, formats=FORMATS)
+        with opened as picture:
+            if max(picture.size) > MAX_SIDE or picture.width * picture.height > MAX_MEGAPIXELS * 1e6:
+                raise UserError(f"image {path} is too large: {picture.width} x {picture.height}; {SCALE_IT}")
             if min(picture.size) < 8:
                 raise UserError(
                     f"image {path} is {picture.width} x {picture.height} pixels: too small to show an object"
                 )
             if getattr(picture, "n_frames", 1) > 1:
                 print(f"note: {path} is animated; its first frame is taken")
-            return ImageOps.exif_transpose(picture).convert("RGBA")
+            return ImageOps.exif_transpose(shrunk(in_eight_bits(picture))).convert("RGBA")
     except UserError:
         raise
     except Image.DecompressionBombError as error:
-        raise UserError(f"image {path} is too large ({error}); scale it below {MAX_SIDE} a side") from None
+        raise UserError(f"image {path} is too large ({error}); {SCALE_IT}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"image {path} is not a picture that can be read ({error}); give a PNG, JPEG or WebP") from None
+
+
+def in_eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits, which Pillow's own conversion would clip at 255.  ValueError for grey of unknown range."""
+    if picture.mode == "F":
+        raise ValueError("its greys are floating-point numbers")
+    if not picture.mode.startswith("I"):
+        return picture
+    upright = np.asarray(ImageOps.exif_transpose(picture), dtype=np.float32)
+    return Image.fromarray((upright / 257).round().clip(0, 255).astype(np.uint8))
+
+
+def shrunk(picture: Image.Image) -> Image.Image:
+    if max(picture.size) <= LARGE:
+        return picture
+    plain = picture.mode in ("L", "RGB", "CMYK") and "transparency" not in picture.info
+    small = picture if plain else picture.convert("RGBA")
+    small.thumbnail((LARGE, LARGE))
+    return small
 
 
 def has_alpha(picture: Image.Image) -> bool:
@@ -79,10 +109,10 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def white_border(picture: Image.Image) -> bool:
-    """Whether nearly all of the outermost pixels are nearly white."""
+    """Whether most of the outermost pixels are nearly white; the object may touch the edges."""
     rgb = np.asarray(on_white(picture)).min(axis=2)
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
-    return bool((border >= 240).mean() > 0.9)
+    return bool((border >= 240).mean() > 0.7)
 
 
 def cut_out(picture: Image.Image, model: str) -> Image.Image:

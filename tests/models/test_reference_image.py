@@ -104,12 +104,43 @@ def test_cutting_out(tmp_path, capsys) -> None:
     assert whole[:, 50, 80].tolist() == [1, 1, 1]
 
 
-def test_a_background_is_mentioned(tmp_path, capsys) -> None:
-    load_reference_image(disc(tmp_path, (0, 90, 90)))
-    assert "disc.png has a background" in capsys.readouterr().out
-    load_reference_image(disc(tmp_path, (255, 255, 255)))
+def test_a_background_is_refused_with_the_ways_out(tmp_path, capsys) -> None:
+    with pytest.raises(UserError, match=r"disc\.png has a background.*cut .*reference\.matting=true.*background=keep"):
+        load_reference_image(disc(tmp_path, (0, 90, 90)))
+    kept = load_reference_image(disc(tmp_path, (0, 90, 90)), ReferenceConfig(background="keep"))
+    assert kept[:, 0, 0].tolist() == pytest.approx([0, 90 / 255, 90 / 255])
+    load_reference_image(disc(tmp_path, (250, 250, 250)))
     load_reference_image(disc(tmp_path, (0, 90, 90), alpha=True))
     assert capsys.readouterr().out == ""
+    with pytest.raises(ConfigError, match=r"reference\.background=blur"):
+        ReferenceConfig(background="blur")
+
+
+def test_an_object_that_reaches_the_edges_is_no_background(tmp_path) -> None:
+    cropped = Image.new("RGB", (40, 40), "white")
+    cropped.paste((120, 0, 0), (0, 10, 40, 20))
+    cropped.save(tmp_path / "cropped.png")
+    assert load_reference_image(tmp_path / "cropped.png").shape == (3, 40, 40)
+
+
+def test_greys_of_16_bits_keep_their_range(tmp_path) -> None:
+    grey = np.full((32, 32), 65535, dtype=np.uint16)
+    grey[8:24, 8:24] = 128 * 257
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert load_reference_image(tmp_path / "grey.png")[:, 16, 16].tolist() == pytest.approx([128 / 255] * 3)
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "grey.tif")
+    with pytest.raises(UserError, match=r"grey\.tif .*floating-point"):
+        load_reference_image(tmp_path / "grey.tif")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_large_pictures_are_shrunk(tmp_path, mode: str) -> None:
+    large = Image.new("RGB", (5000, 2500), "white")
+    large.paste((120, 0, 0), (2000, 1000, 3000, 1500))
+    large.convert(mode).save(tmp_path / "large.png")
+    image = load_reference_image(tmp_path / "large.png")
+    assert image.shape == (3, 1024, 2048)
+    assert image[:, 512, 1024].tolist() == pytest.approx([120 / 255, 0, 0], abs=0.01) and float(image[:, 0].min()) == 1
 
 
 def test_cutting_out_without_what_it_needs(tmp_path, monkeypatch) -> None:
@@ -144,12 +175,13 @@ def test_odd_pictures_get_a_word(tmp_path, capsys) -> None:
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     frames[0].paste("green", (8, 8, 20, 20))
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    first = load_reference_image(tmp_path / "moving.gif")
+    first = load_reference_image(tmp_path / "moving.gif", ReferenceConfig(background="keep"))
     assert "moving.gif is animated; its first frame is taken" in capsys.readouterr().out
     assert first[0, 0, 0] > 0.9 and first[1, 12, 12] > 0.4
     for size, words in (
         ((1, 1), "is 1 x 1 pixels: too small"),
-        ((20000, 20000), "is too large .* below 16384"),
+        ((12500, 12500), r"is too large: 12500 x 12500; scale it to at most .* 150 megapixels"),
+        ((20000, 20000), "is too large .*at most 16384 pixels a side and 150 megapixels"),
     ):
         Image.new("1", size).save(tmp_path / "size.png")
         with pytest.raises(UserError, match=words):
