@@ -21,7 +21,7 @@ from data.cameras import CONVENTIONS
 from data.files import UserError, atomic_folder, read_json, write_json
 from models.autoencoder import load_autoencoder
 from models.folders import load_network
-from models.image_encoder import ClipImageEncoder, embed_image, load_image_encoder_folder
+from models.image_encoder import embed_image, load_image_encoder_folder
 from models.lora import has_adapter, merge_adapter, save_adapter
 from models.multiview import CAMERA_FLOATS, MultiViewAttention, embedding_width
 
@@ -48,7 +48,7 @@ class MultiViewModel:
 
     unet: UNet2DConditionModel
     vae: Any  # AutoencoderKL or PatchCodec
-    image_encoder: ClipImageEncoder
+    image_encoder: Any  # ClipImageEncoder, or None where embeddings are given
     scheduler: DDIMScheduler
     info: ExportInfo
 
@@ -61,7 +61,8 @@ class MultiViewModel:
         """UNet and autoencoder in `dtype`; the image encoder stays in fp32."""
         # nn.Module's own `to`: diffusers' warns about modules to keep in fp32, of which these networks have none.
         for part, kind in ((self.unet, dtype), (self.vae, dtype), (self.image_encoder, torch.float32)):
-            torch.nn.Module.to(part, device=device, dtype=kind)
+            if part is not None:
+                torch.nn.Module.to(part, device=device, dtype=kind)
         return self
 
 
@@ -93,9 +94,11 @@ def save_export(folder: str | Path, model: MultiViewModel) -> None:
             merge_adapter(unet)
         unet.save_pretrained(temporary / "unet")
         model.vae.save_pretrained(temporary / "vae")
-        model.image_encoder.save_pretrained(temporary / "image_encoder")
         model.scheduler.save_pretrained(temporary / "scheduler")
-        parts = {"unet": model.unet, "vae": model.vae, "image_encoder": model.image_encoder}
+        parts = {"unet": model.unet, "vae": model.vae}
+        if model.image_encoder is not None:
+            model.image_encoder.save_pretrained(temporary / "image_encoder")
+            parts["image_encoder"] = model.image_encoder
         write_index(temporary, {name: type(part).__name__ for name, part in parts.items()}, model.info)
 
 
@@ -192,23 +195,25 @@ def load_export(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     decoder: bool = True,
+    image_encoder: bool = True,
 ) -> MultiViewModel:
     """The finished checkpoint, frozen.  UserError naming what is wrong with `folder`.
 
     decoder: false leaves out the autoencoder's, where nothing is decoded; the device never holds it.
+    image_encoder: false leaves it out, where embeddings are given; MVDream's weights have none.
     """
     folder = Path(folder)
     info = read_info(folder)
     scheduler = load_scheduler(folder / "scheduler")
-    if not (folder / "image_encoder").is_dir():
+    if image_encoder and not (folder / "image_encoder").is_dir():
         raise UserError(
             f"checkpoint {folder} has no image encoder, as MVDream's weights have none: train from it first "
-            f"(train/stage1.py init_from={folder}), and give that run's export"
+            f"(train/stage1.py init_from={folder}) and give that run's export; or distil with embedding=..."
         )
     model = MultiViewModel(
         unet=load_unet(folder / "unet").requires_grad_(False).eval(),
         vae=load_autoencoder(folder / "vae"),
-        image_encoder=load_image_encoder_folder(folder / "image_encoder"),
+        image_encoder=load_image_encoder_folder(folder / "image_encoder") if image_encoder else None,
         scheduler=scheduler,
         info=info,
     )
