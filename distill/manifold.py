@@ -171,6 +171,8 @@ def following(half: np.ndarray) -> np.ndarray:
 def sound(vertices: np.ndarray, triangles: np.ndarray) -> Surface:
     """The same surface without folds, and with twins for vertices and edges where it touches itself."""
     triangles = without_folds(triangles)
+    if not len(triangles):
+        return vertices[:0], triangles
     partner = partners(vertices, triangles)
     return parted_edges(*separated(vertices, triangles, partner), partner)
 
@@ -178,8 +180,11 @@ def sound(vertices: np.ndarray, triangles: np.ndarray) -> Surface:
 def large_pieces(vertices: np.ndarray, triangles: np.ndarray, keep_share: float) -> Surface:
     """The connected pieces with at least `keep_share` of the largest one's triangles, less hollows inside of bodies.
 
-    A hollow is a piece that encloses a negative volume: its triangles face inwards and nobody sees them.
+    A hollow is a piece that encloses a negative volume: its triangles face inwards and nobody sees them.  Nothing is
+    left of hollows alone.
     """
+    if not len(triangles):
+        return vertices[:0], triangles
     edges = np.concatenate([triangles[:, :2], triangles[:, 1:]])
     graph = coo_array((np.ones(len(edges), dtype=bool), edges.T), shape=(len(vertices),) * 2)
     _, piece = connected_components(graph, directed=False)

@@ -29,6 +29,7 @@ __all__ = ["extract_mesh", "load_glb", "save_glb"]  # files are made and read in
 LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the density that looking rays find, tried against the silhouettes
 FINER = (2**0.5, 2**0.25)  # ratios between the best of them and those tried next
 TRIED_CELLS = 128  # marching-cubes cells a side, at most, for the meshes that are only tried
+FAINT = 1e-3  # of the level: as little density as nothing at all
 BESIDE = 0.01  # least |log density / level| at a grid vertex: a surface just there has triangles without area
 EMPTY = (
     "the field is empty: no ray is as much as half covered, so there is no mesh; the optimisation lost the object. "
@@ -87,11 +88,11 @@ def isosurface(density: np.ndarray, level: float, bound: float, stride: int = 1)
     stride: uses every so many vertices of the grid a side.  UserError when nothing is as dense as `level`.
     """
     coarse = density[::stride, ::stride, ::stride]
-    height = np.log(np.maximum(coarse, 1e-3 * level) / level)
+    height = np.log(np.maximum(coarse, FAINT * level) / level)
     height = np.where(np.abs(height) < BESIDE, np.copysign(BESIDE, height), height)
-    height = np.pad(height, 1, constant_values=height.min())  # closed even where the object touches the box
     if height.max() <= 0:
         raise UserError(EMPTY)
+    height = np.pad(height, 1, constant_values=math.log(FAINT))  # closed even where the object touches the box
     vertices, triangles, _, _ = marching_cubes(height, 0.0, gradient_direction="ascent")  # outward winding
     cell = 2 * bound / (density.shape[0] - 1) * stride
     return (vertices.astype(np.float64) - 1) * cell - bound, triangles.astype(np.int64)
@@ -141,6 +142,8 @@ def extract_mesh(field: Field, occupancy: OccupancyGrid, config: MeshConfig) -> 
     level = best_level(density, seen, occupancy, masks, config.keep_share)
     found = isosurface(density, level, occupancy.bound)
     whole = drop_floaters(*found, config.keep_share)
+    if not len(whole[1]):
+        raise UserError("no body is left of the field's surface, only hollows; try another mesh.resolution, or more steps")
     vertices, triangles = decimated(*whole, config.faces, config.keep_share)
     mesh = trimesh.Trimesh(vertices, triangles, process=False)
     if config.watertight and not mesh.is_watertight:

@@ -73,6 +73,16 @@ def test_an_open_surface_stays_open_and_is_decimated() -> None:
     assert set(faults(*fewer)) == {"open"} and len(fewer[1]) < 500
 
 
+def test_nothing_is_left_of_nothing_and_of_hollows() -> None:
+    none = np.zeros((0, 3), dtype=np.int64)
+    hollow = trimesh.creation.icosphere(1)
+    hollow.invert()
+    for vertices, triangles in ((hollow.vertices, none), (hollow.vertices, hollow.faces)):
+        assert [len(part) for part in large_pieces(vertices, triangles, 0.02)] == [0, 0]
+    assert [len(part) for part in sound(hollow.vertices, none)] == [0, 0]
+    assert [len(part) for part in sound(hollow.vertices, np.array([[0, 0, 1]]))] == [0, 0]
+
+
 def test_hollows_and_crumbs_go() -> None:
     ball, hollow, crumb = (trimesh.creation.icosphere(n, r) for n, r in ((4, 1.0), (4, 0.5), (1, 0.1)))
     hollow.invert()

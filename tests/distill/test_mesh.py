@@ -140,6 +140,15 @@ def test_settings_that_cannot_work_are_refused() -> None:
     assert MeshConfig(texture_size=0, faces=0).resolution == 256
 
 
+def test_a_box_that_is_full_everywhere_is_a_closed_box() -> None:
+    vertices, triangles = isosurface(np.full((9, 9, 9), 50.0), 2.0, 0.6)
+    mesh = trimesh.Trimesh(*drop_floaters(vertices, triangles, 0.02), process=False)
+    assert mesh.is_watertight and mesh.volume > 0 and np.allclose(mesh.extents, mesh.extents[0])
+    assert 1.2 <= mesh.extents[0] <= 1.2 + 2 * 0.15
+    with pytest.raises(UserError, match="the field is empty"):
+        isosurface(np.full((9, 9, 9), 50.0), 60.0, 0.6)
+
+
 def test_nothing_there_is_said_clearly() -> None:
     scene = Ball(density=0.05)
     with pytest.raises(UserError, match="the field is empty"):
