@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 
 from data.files import read_json
 from distill import report
+from models.reference_image import on_white, read_picture
 
+REFERENCE = 512  # pixels a side, at most, that a page shows of the reference
 LOSSES = ("sds", "orientation", "sparsity", "opaque", "depth_variance")
 
 
@@ -25,7 +28,7 @@ def write_page(path: Path, outs: list[Path]) -> None:
         ]
     title = outs[0].name if len(outs) == 1 else f"{len(outs)} objects"
     intro = (
-        "Distilled from the embedding of one picture each by score distillation; no pixel of the picture is used. The "
+        "Distilled from one embedding each by score distillation; no pixel of the picture is used. The "
         "mesh can be turned; the video shows the NeRF that it was made from, colour beside normals."
     )
     report.write(path, report.page(title, intro, [("Overview", overview(outs)), *sections]))
@@ -44,13 +47,15 @@ def overview(outs: list[Path]) -> str:
 
 
 def of_object(out: Path) -> str:
-    image = Path(str(OmegaConf.load(out / "config.yaml").image))
+    image = OmegaConf.load(out / "config.yaml").image  # none where an embedding was given
     figures = [
         report.glb_viewer(out / "mesh.glb", "mesh.glb: drag to turn"),
         report.video(out / "turntable.mp4", "the NeRF: colour beside normals"),
     ]
-    if image.is_file():
-        figures.insert(0, report.picture(image, "the reference: only its embedding is used", "reference"))
+    if image is not None and Path(image).is_file():
+        small = on_white(read_picture(Path(image)))
+        small.thumbnail((REFERENCE, REFERENCE))
+        figures.insert(0, report.picture(np.asarray(small), "the reference: only its embedding is used", "reference"))
     return report.gallery(figures)
 
 
