@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 PRIMES = (1, 2654435761, 805459861)  # arXiv 2201.05989, eq. 4
+MOST = 1 - 1e-6  # of a coordinate: 1 itself belongs to the last cell
 CHUNK = {"cpu": 2048, "cuda": 2**20}  # points worked on at once: as many as the CPU's cache holds
 
 
@@ -69,7 +70,7 @@ def locate(points: Tensor, layout: GridLayout) -> tuple[Tensor, Tensor]:
     """
     device, split = points.device, layout.num_dense
     resolution = torch.tensor(layout.resolutions, dtype=points.dtype, device=device)[:, None]
-    inside = points.T.clamp(0, 1 - 1e-6)[:, None]  # 1 itself belongs to the last cell
+    inside = points.T.clamp(0, MOST)[:, None]
     scaled = inside * resolution  # (3, L, N)
     low = scaled.detach().to(torch.int32)
     fraction = scaled.frac()

@@ -8,6 +8,8 @@ Shapes: N points or samples, L levels, F features a level, H hidden units, T tab
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill.hashgrid import PRIMES, GridLayout, _int32
+from distill.hashgrid import MOST, PRIMES, GridLayout, _int32
 
 if TYPE_CHECKING:
     from distill.volume import OccupancyGrid, Samples
@@ -24,6 +26,18 @@ INTERPRETED = triton.knobs.runtime.interpret
 POINTS = 128  # a program's
 RAYS = 128
 SAMPLES = 64  # of a ray, at once
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *given: Any, **constants: Any) -> None:
+    """Runs a kernel on the device that holds `on`: Triton itself takes the current one, whatever its arguments."""
+    with torch.cuda.device_of(on):
+        kernel[grid](*given, **constants)
+
+
+@triton.jit
+def _numbers(axis, BLOCK: tl.constexpr):
+    """A program's BLOCK numbers of points or rays, 64-bit: three times as many coordinates outgrow 32."""
+    return tl.program_id(axis).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
 
 # ---- hash grid ----
@@ -60,7 +74,7 @@ def _row(a, b, c, level, num_dense):
 
 @triton.jit
 def _corner(table, row, f, inside, F: tl.constexpr):
-    return tl.load(table + row * F + f, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(table + row.to(tl.int64) * F + f, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -79,7 +93,7 @@ def _interpolate(c000, c001, c010, c011, c100, c101, c110, c111, fx, fy, fz):
 def _encode(points, table, features, n, resolution, strides, offsets, entries, num_dense, L, F: tl.constexpr,
             BLOCK: tl.constexpr):  # fmt: skip
     """features (N, L F) of a block of points at one level."""
-    here, level = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    here, level = _numbers(0, BLOCK), tl.program_id(1)
     inside = here < n
     fx, fy, fz, x0, x1, y0, y1, z0, z1, _ = _locate(
         points, n, here, resolution, strides, offsets, entries, level, num_dense
@@ -96,14 +110,14 @@ def _encode(points, table, features, n, resolution, strides, offsets, entries, n
             _corner(table, _row(x1, y1, z1, level, num_dense), f, inside, F),
             fx, fy, fz,
         )  # fmt: skip
-        tl.store(features + here.to(tl.int64) * (L * F) + level * F + f, value, mask=inside)
+        tl.store(features + here * (L * F) + level * F + f, value, mask=inside)
 
 
 @triton.jit
 def _slope(points, table, v, slopes, n, resolution, strides, offsets, entries, num_dense, L, F: tl.constexpr,
            BLOCK: tl.constexpr):  # fmt: skip
     """slopes (N, 3) = J^T v of a block of points, with J = d features / d points and v (N, L F)."""
-    here = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = _numbers(0, BLOCK)
     inside = here < n
     sx, sy, sz = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for level in range(L):
@@ -122,7 +136,7 @@ def _slope(points, table, v, slopes, n, resolution, strides, offsets, entries, n
                 _corner(table, _row(x1, y1, z1, level, num_dense), f, inside, F),
                 fx, fy, fz,
             )  # fmt: skip
-            weight = r * tl.load(v + here.to(tl.int64) * (L * F) + level * F + f, mask=inside, other=0.0)
+            weight = r * tl.load(v + here * (L * F) + level * F + f, mask=inside, other=0.0)
             sx += weight * dx
             sy += weight * dy
             sz += weight * dz
@@ -133,7 +147,7 @@ def _slope(points, table, v, slopes, n, resolution, strides, offsets, entries, n
 
 @triton.jit
 def _add(d_table, row, f, value, inside, F: tl.constexpr):
-    tl.atomic_add(d_table + row * F + f, value, mask=inside, sem="relaxed")
+    tl.atomic_add(d_table + row.to(tl.int64) * F + f, value, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -142,7 +156,7 @@ def _encode_backward(points, table, d_features, d_slopes, v, d_table, u, n, reso
     """Adds to d_table (T, F), of a block of points at one level, what reaches it through the features (d_features
     (N, L F)) and, with SLOPE, through J^T v (d_slopes (N, 3)); then it also writes u = J d_slopes (N, L F).
     """
-    here, level = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    here, level = _numbers(0, BLOCK), tl.program_id(1)
     inside = here < n
     fx, fy, fz, x0, x1, y0, y1, z0, z1, r = _locate(
         points, n, here, resolution, strides, offsets, entries, level, num_dense
@@ -157,7 +171,7 @@ def _encode_backward(points, table, d_features, d_slopes, v, d_table, u, n, reso
         gy = r * tl.load(d_slopes + here * 3 + 1, mask=inside, other=0.0)
         gz = r * tl.load(d_slopes + here * 3 + 2, mask=inside, other=0.0)
     for f in tl.static_range(F):
-        place = here.to(tl.int64) * (L * F) + level * F + f
+        place = here * (L * F) + level * F + f
         d_value = tl.load(d_features + place, mask=inside, other=0.0)
         sx, sy, sz = gx, gy, gz
         if SLOPE:
@@ -190,8 +204,12 @@ def _encode_backward(points, table, d_features, d_slopes, v, d_table, u, n, reso
         _add(d_table, r011, f, x11 - c111, inside, F)
 
 
+@functools.cache
 def _levels(layout: GridLayout, device: torch.device) -> tuple[Any, ...]:
-    """What the kernels want to know of the layout: resolutions, strides (L, 3), offsets, entries, dense levels, L."""
+    """What the kernels want to know of the layout: resolutions, strides (L, 3), offsets, entries, dense levels, L.
+
+    Kept, since copies to the device would wait for it at every launch.
+    """
     strides = [[1, r + 1, (r + 1) ** 2] for r in layout.resolutions[: layout.num_dense]]
     strides += [[_int32(prime) for prime in PRIMES]] * (len(layout.resolutions) - layout.num_dense)
     return (
@@ -207,7 +225,8 @@ def _features(points: Tensor, table: Tensor, layout: GridLayout) -> Tensor:
     features = points.new_empty(n, width)
     if n:
         grid = (triton.cdiv(n, POINTS), len(layout.resolutions))
-        _encode[grid](points, table, features, n, *_levels(layout, points.device), F=layout.features, BLOCK=POINTS)
+        _launch(_encode, grid, points, points, table, features, n, *_levels(layout, points.device),
+                F=layout.features, BLOCK=POINTS)  # fmt: skip
     return features
 
 
@@ -215,7 +234,8 @@ def _slopes(points: Tensor, table: Tensor, v: Tensor, layout: GridLayout) -> Ten
     n, slopes = len(points), torch.empty_like(points)
     if n:
         grid = (triton.cdiv(n, POINTS),)
-        _slope[grid](points, table, v, slopes, n, *_levels(layout, points.device), F=layout.features, BLOCK=POINTS)
+        _launch(_slope, grid, points, points, table, v, slopes, n, *_levels(layout, points.device),
+                F=layout.features, BLOCK=POINTS)  # fmt: skip
     return slopes
 
 
@@ -227,10 +247,8 @@ def _table_gradient(
     u = None if d_slopes is None else torch.empty_like(d_features)
     if n:
         grid = (triton.cdiv(n, POINTS), len(layout.resolutions))
-        _encode_backward[grid](
-            points, table, d_features, d_slopes, v, d_table, u, n, *_levels(layout, points.device),
-            F=layout.features, SLOPE=d_slopes is not None, BLOCK=POINTS,
-        )  # fmt: skip
+        given = (points, table, d_features, d_slopes, v, d_table, u, n, *_levels(layout, points.device))
+        _launch(_encode_backward, grid, points, *given, F=layout.features, SLOPE=u is not None, BLOCK=POINTS)
     return d_table, u
 
 
@@ -246,8 +264,10 @@ class Encode(torch.autograd.Function):
     def backward(ctx: Any, d_features: Tensor) -> Any:
         points, table = ctx.saved_tensors
         d_features, points = d_features.contiguous(), points.contiguous()
-        d_points = _slopes(points, table, d_features, ctx.layout) if ctx.needs_input_grad[0] else None
-        d_table = None
+        d_points, d_table = None, None
+        if ctx.needs_input_grad[0]:  # none where a point outside the box was moved to its face
+            moved = (points < 0) | (points > MOST)
+            d_points = _slopes(points, table, d_features, ctx.layout).masked_fill(moved, 0.0)
         if ctx.needs_input_grad[1]:
             d_table = _table_gradient(points, table, d_features, None, None, ctx.layout)[0].to(table.dtype)
         return d_points, d_table, None
@@ -309,11 +329,14 @@ def density_with_slope(
 # ---- rays ----
 
 
-@triton.jit
-def _march(origins, directions, near, far, jitter, live, counts, starts, out_ray, out_t, rays, steps, step, bound,
-           cells, WRITE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Counts the live samples of a block of rays, or writes them, each ray's from `starts` on."""
-    ray = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["first_ray", "rays", "steps"])  # or every other number would compile it again
+def _march(origins, directions, near, far, jitter, live, counts, starts, ends, out_t, first_ray, rays, steps, step,
+           bound, cells, WRITE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Counts the live samples of a block of rays, or writes their distances, each ray's from `starts` to `ends`.
+
+    Both compilations need not round alike: what the second finds beyond `ends` belongs to the next ray and is left out.
+    """
+    ray = first_ray + _numbers(0, BLOCK)
     inside = ray < rays
     first, last = tl.load(near + ray, mask=inside, other=1.0), tl.load(far + ray, mask=inside, other=0.0)
     shift = tl.load(jitter + ray, mask=inside, other=0.0)
@@ -324,10 +347,13 @@ def _march(origins, directions, near, far, jitter, live, counts, starts, out_ray
     bx = tl.load(directions + ray * 3, mask=inside, other=0.0) * scale
     by = tl.load(directions + ray * 3 + 1, mask=inside, other=0.0) * scale
     bz = tl.load(directions + ray * 3 + 2, mask=inside, other=0.0) * scale
-    count = tl.zeros([BLOCK], tl.int32)
+    count = tl.zeros([BLOCK], tl.int64)
+    room = tl.zeros([BLOCK], tl.int64)
     start = tl.zeros([BLOCK], tl.int64)
     if WRITE:
         start = tl.load(starts + ray, mask=inside, other=0)
+        room = tl.load(ends + ray, mask=inside, other=0) - start
+        start -= tl.load(starts + first_ray)  # the buffer begins with that ray
     for s in range(steps):
         t = first + (s + shift) * step
         ix = tl.minimum(tl.maximum((ax + t * bx).to(tl.int32), 0), cells - 1)
@@ -336,33 +362,39 @@ def _march(origins, directions, near, far, jitter, live, counts, starts, out_ray
         passes = inside & (t < last)
         there = tl.load(live + (ix * cells + iy) * cells + iz, mask=passes, other=0) != 0
         if WRITE:
-            tl.store(out_ray + start + count, ray.to(tl.int64), mask=there)
-            tl.store(out_t + start + count, t, mask=there)
-        count += there.to(tl.int32)
+            tl.store(out_t + start + count, t, mask=there & (count < room))
+        count += there.to(tl.int64)
     if not WRITE:
         tl.store(counts + ray, count, mask=inside)
 
 
 @torch.no_grad()
-def march(origins: Tensor, directions: Tensor, occupancy: OccupancyGrid, jitter: Tensor) -> Samples:
-    """distill.volume.march: one pass counts, the other writes into buffers of just that size."""
-    from distill.volume import Samples, box_ends
+def march(
+    origins: Tensor, directions: Tensor, occupancy: OccupancyGrid, jitter: Tensor, capacity: int
+) -> Iterator[Samples]:
+    """distill.volume.march: one pass counts, then one a part of the rays writes into a buffer of `capacity` samples."""
+    from distill.volume import Samples, box_ends, parts_of
 
     near, far, steps = box_ends(origins, directions, occupancy)
     rays = len(origins)
-    counts = torch.zeros(rays, dtype=torch.int32, device=origins.device)
+    counts = torch.zeros(rays, dtype=torch.int64, device=origins.device)
     given = (origins.contiguous(), directions.contiguous(), near, far, jitter.contiguous(),
              occupancy.live.view(torch.uint8).contiguous())  # fmt: skip
-    numbers = (rays, steps, occupancy.step, occupancy.bound, occupancy.config.occupancy_resolution)
+    numbers = (steps, occupancy.step, occupancy.bound, occupancy.config.occupancy_resolution)
     grid = (triton.cdiv(max(rays, 1), RAYS),)
-    _march[grid](*given, counts, None, None, None, *numbers, WRITE=False, BLOCK=RAYS)
+    _launch(_march, grid, origins, *given, counts, None, None, None, 0, rays, *numbers, WRITE=False, BLOCK=RAYS)
     ends = counts.cumsum(0)
-    total = int(ends[-1]) if rays else 0
-    ray = torch.empty(total, dtype=torch.int64, device=origins.device)
-    t = origins.new_empty(total)
-    if total:
-        _march[grid](*given, None, ends - counts, ray, t, *numbers, WRITE=True, BLOCK=RAYS)
-    return Samples(ray, t)
+    buffer = origins.new_empty(max(capacity, steps))  # a single ray may have more
+    for part, begin, end in parts_of(ends, capacity):
+        here = slice(part.start, part.stop)
+        ray = torch.arange(part.start, part.stop, device=origins.device)
+        ray = torch.repeat_interleave(ray, counts[here], output_size=end - begin)
+        t = buffer[: end - begin]
+        torch.index_select(far, 0, ray, out=t)  # a place no worse than others, should the second pass find fewer
+        grid = (triton.cdiv(len(part), RAYS),)
+        _launch(_march, grid, origins, *given, None, ends - counts, ends, t, part.start, part.stop, *numbers,
+                WRITE=True, BLOCK=RAYS)  # fmt: skip
+        yield Samples(ray, t.clone())
 
 
 @triton.jit
@@ -381,9 +413,11 @@ def _weights(tau, starts, counts, weights, transmitted, BLOCK: tl.constexpr):
         here = first + tl.arange(0, BLOCK)
         inside = here < count
         depth = tl.load(tau + start + here, mask=inside, other=0.0)
-        after = gathered + tl.cumsum(depth, axis=0)
-        tl.store(weights + start + here, tl.exp(depth - after) * _opaque(depth), mask=inside)
-        tl.store(transmitted + start + here, tl.exp(-after), mask=inside)
+        # a sum of what lies before, not the sum up to here less itself: a huge depth would leave no digits
+        earlier = tl.load(tau + start + here - 1, mask=inside & (here > first), other=0.0)
+        before = gathered + tl.cumsum(earlier, axis=0)
+        tl.store(weights + start + here, tl.exp(-before) * _opaque(depth), mask=inside)
+        tl.store(transmitted + start + here, tl.exp(-(before + depth)), mask=inside)
         gathered += tl.sum(depth, axis=0)
 
 
@@ -410,7 +444,7 @@ class VolumeWeights(torch.autograd.Function):
     def forward(ctx: Any, tau: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
         tau = tau.contiguous()
         weights, transmitted = torch.empty_like(tau), torch.empty_like(tau)
-        _weights[(len(counts),)](tau, starts, counts, weights, transmitted, BLOCK=SAMPLES)
+        _launch(_weights, (len(counts),), tau, tau, starts, counts, weights, transmitted, BLOCK=SAMPLES)
         ctx.save_for_backward(weights, transmitted, starts, counts)
         return weights
 
@@ -419,9 +453,8 @@ class VolumeWeights(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         weights, transmitted, starts, counts = ctx.saved_tensors
         d_tau = torch.empty_like(weights)
-        _weights_backward[(len(counts),)](
-            gradient.contiguous(), weights, transmitted, starts, counts, d_tau, BLOCK=SAMPLES
-        )
+        given = (gradient.contiguous(), weights, transmitted, starts, counts, d_tau)
+        _launch(_weights_backward, (len(counts),), d_tau, *given, BLOCK=SAMPLES)
         return d_tau, None, None
 
 

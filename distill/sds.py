@@ -129,7 +129,10 @@ def opaque_loss(opacity: Tensor) -> Tensor:
 
 
 def depth_variance_loss(depth_variance: Tensor, opacity: Tensor) -> Tensor:
-    """Mean over mostly covered rays (threestudio's `loss_z_variance`, HiFA, arXiv 2305.18766, eq. 12)."""
+    """Mean over mostly covered rays of the variance of the distance, weights divided by the opacity.
+
+    (HiFA, arXiv 2305.18766, eq. 12; threestudio's `loss_z_variance` of nerf_volume_renderer.py's `z_variance`.)
+    """
     covered = (opacity > 0.5).to(depth_variance.dtype)
     return (depth_variance * covered).sum() / covered.sum().clamp(min=1)
 

@@ -40,11 +40,12 @@ def random_cameras(
 def random_lights(c2w: Tensor) -> Tensor:
     """A point light near each camera's direction, 0.8 to 1.5 object units away.
 
-    c2w (..., 4, 4) -> (..., 3)  (DreamFusion, arXiv 2209.14988, app. A.2; threestudio: light_distance_range).
+    The cameras of a set share their light's distance and its offset from the camera.  c2w (B, V, 4, 4) -> (B, V, 3)
+    (DreamFusion, arXiv 2209.14988, app. A.2; released, as MVDream: random_multiview.py, `light_distance_range`).
     """
-    position = c2w[..., :3, 3]
-    direction = F.normalize(position + torch.randn(position.shape), dim=-1)
-    return direction * _uniform((0.8, 1.5), *position.shape[:-1], 1)
+    position, sets = c2w[..., :3, 3], len(c2w)
+    direction = F.normalize(position + torch.randn(sets, 1, 3), dim=-1)
+    return direction * _uniform((0.8, 1.5), sets, 1, 1)
 
 
 @dataclass

@@ -2,13 +2,16 @@
 
 Only samples in occupied cells exist ("packed": one flat list for all rays, ordered by ray and then by distance), as in
 nerfacc (arXiv 2305.04966).  distill.kernels has `march` and `volume_weights` for CUDA.
+Memory is bounded by `samples_at_once`: rays are marched into a buffer of that size, as often as it takes; what cannot
+be seen is dropped from it before the next part (`visible`: there rays end early), and of what remains no more than that
+many samples are differentiated at once.  Nothing is lost when a buffer is full: the next rays go into the next one.
 Shapes: R rays, N live samples, G grid cells a side.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -40,7 +43,11 @@ class VolumeConfig:
     occupancy_every: int = 16  # steps between updates
     background: float = 1.0  # grey level behind the object: 1 is white
     stop_below: float = 1e-4  # training leaves out samples to which less of the light gets; 0: none
-    # Live samples differentiated at once; views with more are rendered in pieces, and each again on the way back.
+    # Opacity of one step below which a sample counts as empty (released: `prune_alpha_threshold`, with nerfacc's rule
+    # that it is never above the grid's mean); 0: none does.
+    prune_alpha: float = 0.01
+    # Capacity of the sample buffer; views with more to differentiate are rendered in pieces, and each once more on the
+    # way back.
     samples_at_once: int = 2**21
 
     def __post_init__(self) -> None:
@@ -52,7 +59,12 @@ class VolumeConfig:
         check(0 < self.occupancy_decay < 1, f"volume.occupancy_decay={self.occupancy_decay} must lie between 0 and 1")
         check(self.occupancy_every >= 1, f"volume.occupancy_every={self.occupancy_every} must be at least 1")
         check(0 <= self.stop_below < 1, f"volume.stop_below={self.stop_below} must lie in [0, 1)")
-        check(self.samples_at_once >= 1024, f"volume.samples_at_once={self.samples_at_once} must be at least 1024")
+        check(0 <= self.prune_alpha < 1, f"volume.prune_alpha={self.prune_alpha} must lie in [0, 1)")
+        check(
+            self.samples_at_once >= max(1024, 2 * self.samples_per_ray),
+            f"volume.samples_at_once={self.samples_at_once} must be at least 1024 and 2 * volume.samples_per_ray="
+            f"{2 * self.samples_per_ray}: the buffer takes whole rays",
+        )
 
     def step(self, bound: float) -> float:
         """Distance between samples, object units."""
@@ -74,7 +86,8 @@ class OccupancyGrid:
         g = config.occupancy_resolution
         self.density = torch.zeros(g + 1, g + 1, g + 1, device=device)
         self.live = torch.ones(g, g, g, dtype=torch.bool, device=device)
-        self.hidden, self.fresh = 0.0, True  # share of live samples that no light reached, and whether to look again
+        self.hidden, self.fresh = 0.0, True  # share of live samples that nobody sees, and whether to look again
+        self.least_tau = 0.0  # optical depth of a step that is more than empty; known once there is a density
         self.low = torch.full((3,), -bound, device=device)  # box around the live cells
         self.high = torch.full((3,), bound, device=device)
 
@@ -93,8 +106,9 @@ class OccupancyGrid:
     def mark(self) -> None:
         """Live cells from the remembered density; never more than threestudio's mean rule would keep."""
         opacity = F.max_pool3d(self.density[None, None] * self.step, kernel_size=2, stride=1)[0, 0]
-        threshold = min(self.config.occupancy_threshold, float(opacity.mean()))
-        self.live = opacity > threshold
+        mean = float(opacity.mean())
+        self.live = opacity > min(self.config.occupancy_threshold, mean)
+        self.least_tau = -math.log1p(-min(self.config.prune_alpha, mean))
         self._bound_live_cells()
 
     def _bound_live_cells(self) -> None:
@@ -135,20 +149,22 @@ def box_ends(origins: Tensor, directions: Tensor, occupancy: OccupancyGrid) -> t
 
 
 @torch.no_grad()
-def march(origins: Tensor, directions: Tensor, occupancy: OccupancyGrid, jitter: Tensor) -> Samples:
-    """Samples one step apart along each ray, where the grid is live.
+def march(
+    origins: Tensor, directions: Tensor, occupancy: OccupancyGrid, jitter: Tensor, capacity: int
+) -> Iterator[Samples]:
+    """Samples one step apart along each ray, where the grid is live; whole rays with at most `capacity` at a time.
 
-    origins, unit directions (R, 3); jitter (R,) in [0, 1): where in its steps a ray's samples lie (0.5 the middles).
+    Only a single ray may have more.  origins, unit directions (R, 3); jitter (R,) in [0, 1): where in its steps a ray's
+    samples lie (0.5 the middles).
     """
     near, far, steps = box_ends(origins, directions, occupancy)
     (hit,) = (far > near).nonzero(as_tuple=True)
     if steps == 0:
-        return Samples(hit, near[:0])
-    parts = [
-        _march_some(rays, origins, directions, near, far, occupancy, jitter, steps)
-        for rays in hit.split(max(1, MARCH_ELEMENTS[origins.device.type] // steps))
-    ]
-    return Samples(torch.cat([p.ray for p in parts]), torch.cat([p.t for p in parts]))
+        yield Samples(hit, near[:0])
+        return
+    candidates = min(capacity, MARCH_ELEMENTS[origins.device.type])
+    for rays in hit.split(max(1, candidates // steps)):
+        yield _march_some(rays, origins, directions, near, far, occupancy, jitter, steps)
 
 
 def _march_some(
@@ -224,7 +240,7 @@ class Rendering:
     opacity: Tensor  # (R,)
     depth: Tensor  # (R,) expected distance of what is seen, object units; 0 on empty rays
     normal: Tensor  # (R, 3) weighted sum of normals: shorter than 1 where transparent; zeros when not asked for
-    depth_variance: Tensor  # (R,) of the distance, object units squared; 0 on empty rays
+    depth_variance: Tensor  # (R,) of the distance of what is seen, object units squared; 0 on empty rays
     ray: Tensor  # (N,)
     weights: Tensor  # (N,)
     density: Tensor  # (N,)
@@ -247,15 +263,11 @@ def render(
 ) -> Rendering:
     """origins, unit directions (R, 3), jitter (R,) in [0, 1).
 
-    density: the field's; with it, what lies behind opaque samples is left out (`stop_below`), where that was worth its
-    price when the occupancy grid was last updated.
+    density: the field's; with it, rays end behind opaque samples (`stop_below`) and empty ones are left out before the
+    field is asked for colours, where that was worth its price when the occupancy grid was last updated.
     """
     assert origins.shape == directions.shape and jitter.shape == origins.shape[:1], (origins.shape, jitter.shape)
-    samples = occupancy.backend.march(origins, directions, occupancy, jitter)
-    if density is not None and occupancy.config.stop_below > 0 and (occupancy.fresh or occupancy.hidden > WORTH_IT):
-        found = len(samples.ray)
-        samples = visible(samples, density, origins, directions, occupancy)
-        occupancy.fresh, occupancy.hidden = False, 1 - len(samples.ray) / max(found, 1)
+    samples = live_samples(origins, directions, occupancy, jitter, density)
 
     def some(rays: range, ray: Tensor, t: Tensor) -> Rendering:
         return render_samples(field, occupancy, origins, directions, rays, Samples(ray, t), shade, normals)
@@ -268,32 +280,56 @@ def render(
 
 
 @torch.no_grad()
+def live_samples(
+    origins: Tensor, directions: Tensor, occupancy: OccupancyGrid, jitter: Tensor, density: Density | None
+) -> Samples:
+    """All that is to be rendered; no more than `samples_at_once` are looked at together."""
+    config = occupancy.config
+    looks = density is not None and config.stop_below > 0 and (occupancy.fresh or occupancy.hidden > WORTH_IT)
+    found, kept = 0, []
+    for part in occupancy.backend.march(origins, directions, occupancy, jitter, config.samples_at_once):
+        found += len(part.ray)
+        kept.append(visible(part, density, origins, directions, occupancy) if looks and density else part)
+    samples = Samples(torch.cat([part.ray for part in kept]), torch.cat([part.t for part in kept]))
+    if looks:
+        occupancy.fresh, occupancy.hidden = False, 1 - len(samples.ray) / max(found, 1)
+    return samples
+
+
 def visible(
     samples: Samples, density: Density, origins: Tensor, directions: Tensor, occupancy: OccupancyGrid
 ) -> Samples:
-    """Without the samples to which less than `stop_below` of the light gets."""
+    """Without the samples to which less than `stop_below` of the light gets, and without empty ones."""
     if len(samples.ray) == 0:
         return samples
     points = origins[samples.ray] + directions[samples.ray] * samples.t[:, None]
     tau = query(density, points) * occupancy.step
     first, _ = ray_ends(samples.ray, len(origins))
     before = tau.double().cumsum(0) - tau
-    kept = before - before[first] < -math.log(occupancy.config.stop_below)
+    kept = (before - before[first] < -math.log(occupancy.config.stop_below)) & (tau >= occupancy.least_tau)
     return Samples(samples.ray[kept], samples.t[kept])
 
 
+def parts_of(ends: Tensor, most: int) -> list[tuple[range, int, int]]:
+    """Whole rays with at most so many samples together (a single ray may have more), and where their samples lie.
+
+    ends (R,): the running sum of the rays' numbers of samples -> (rays, first sample, one after the last) each.
+    """
+    known, parts, first, done = ends.cpu(), [], 0, 0
+    while first < len(known):
+        last = max(int(torch.searchsorted(known, done + most, right=True)), first + 1)
+        stop = int(known[last - 1])
+        parts.append((range(first, last), done, stop))
+        first, done = last, stop
+    return parts
+
+
 def in_pieces(samples: Samples, rays: int, most: int) -> list[tuple[range, Tensor, Tensor]]:
-    """Whole rays with at most so many samples together (a single ray may have more): (rays, ray (N,), t (N,)) each."""
+    """`parts_of` these samples: (rays, ray (N,), t (N,)) each."""
     if len(samples.ray) <= most:
         return [(range(rays), *samples)]
-    ends = torch.bincount(samples.ray, minlength=rays).cumsum(0).cpu()
-    pieces, first, done = [], 0, 0
-    while first < rays:
-        last = max(int(torch.searchsorted(ends, done + most, right=True)), first + 1)
-        stop = int(ends[last - 1])
-        pieces.append((range(first, last), samples.ray[done:stop], samples.t[done:stop]))
-        first, done = last, stop
-    return pieces
+    ends = torch.bincount(samples.ray, minlength=rays).cumsum(0)
+    return [(part, samples.ray[begin:end], samples.t[begin:end]) for part, begin, end in parts_of(ends, most)]
 
 
 def render_samples(
@@ -310,23 +346,28 @@ def render_samples(
     ray, t = samples
     points = origins[ray] + directions[ray] * t[:, None]
     asked = field(points, normals=normals)
-    weights = occupancy.backend.volume_weights(asked.density, ray - rays.start, len(rays), occupancy.step)
-    # colour (3), opacity, distance, its square, normal (3): one segmented sum for all
-    columns = [shade(asked, points, ray), torch.ones_like(t)[:, None], t[:, None], t.square()[:, None]]
+    density = asked.density.masked_fill(asked.density * occupancy.step < occupancy.least_tau, 0.0)
+    local = ray - rays.start
+    weights = occupancy.backend.volume_weights(density, local, len(rays), occupancy.step)
+    # colour (3), opacity, distance, normal (3): one segmented sum for all
+    columns = [shade(asked, points, ray), torch.ones_like(t)[:, None], t[:, None]]
     columns += [asked.normal] if normals else []
     features = torch.cat(columns, dim=-1)
-    sums = features.new_zeros(len(rays), features.shape[1]).index_add(0, ray - rays.start, weights[:, None] * features)
+    sums = features.new_zeros(len(rays), features.shape[1]).index_add(0, local, weights[:, None] * features)
     opacity = sums[:, 3]
     covered = opacity.clamp(min=1e-5)
     depth = sums[:, 4] / covered
+    # About the mean, since a difference of squares would lose the digits of a thin surface.  The mean itself needs no
+    # gradient: at the mean the variance's slope in it is zero.
+    spread = (t - depth.detach()[local]).square()
     return Rendering(
         rgb=sums[:, :3] + (1 - opacity[:, None]) * occupancy.config.background,
         opacity=opacity,
         depth=depth,
-        normal=sums[:, 6:] if normals else origins.new_zeros(len(rays), 3),
-        depth_variance=(sums[:, 5] / covered - depth.square()).clamp(min=0),
+        normal=sums[:, 5:] if normals else origins.new_zeros(len(rays), 3),
+        depth_variance=torch.zeros_like(opacity).index_add(0, local, weights * spread) / covered,
         ray=ray,
         weights=weights,
-        density=asked.density,
+        density=density,
         normals=asked.normal,
     )

@@ -30,6 +30,21 @@ def test_lights_are_on_the_cameras_side_more_often_than_not() -> None:
     assert light.norm(dim=-1).min() >= 0.8 and light.norm(dim=-1).max() <= 1.5
 
 
+def test_the_lights_of_a_set_share_distance_and_offset() -> None:
+    torch.manual_seed(0)
+    c2w, _ = random_cameras(50, 4, (0, 30), (30, 40), (0.8, 1.0))
+    light = random_lights(c2w)
+    distance, camera = light.norm(dim=-1), c2w[..., :3, 3]
+    assert torch.allclose(distance, distance[:, :1].expand(-1, 4), atol=1e-5) and distance[:, 0].std() > 0.1
+    # (camera + offset) is along the light: two views of a set fix the offset, which the other two must have too
+    towards = torch.nn.functional.normalize(light, dim=-1)
+    across = torch.eye(3) - towards[..., :, None] * towards[..., None, :]
+    equations = across.flatten(1, 2), -(across @ camera[..., None]).flatten(1, 2)
+    offset = torch.linalg.lstsq(equations[0].double(), equations[1].double()).solution
+    assert torch.allclose(equations[0].double() @ offset, equations[1].double(), atol=1e-5)
+    assert (offset.std(dim=0) > 0.5).all() and (offset.std(dim=0) < 1.5).all()
+
+
 def test_shading() -> None:
     samples = FieldSamples(torch.ones(2), torch.full((2, 3), 0.5), torch.tensor([[1.0, 0, 0], [-1, 0, 0]]))
     points, light = torch.zeros(2, 3), torch.tensor([[2.0, 0, 0]]).expand(2, 3)

@@ -8,10 +8,22 @@ from analytic_scenes import Ball, Snowman
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf.cli import ConfigError
 from data.cameras import camera_rays, orbit_camera
 from distill.field import Field, FieldConfig, FieldSamples
 from distill.turntable import render_views, ring
-from distill.volume import OccupancyGrid, Samples, VolumeConfig, in_pieces, march, render, volume_weights
+from distill.volume import (
+    OccupancyGrid,
+    Samples,
+    VolumeConfig,
+    albedo_only,
+    in_pieces,
+    live_samples,
+    march,
+    render,
+    render_samples,
+    volume_weights,
+)
 from models.image_metrics import psnr
 
 
@@ -78,7 +90,7 @@ def test_march_keeps_exactly_the_live_samples() -> None:
     grid = grid_of(Ball())
     c2w = orbit_camera(torch.tensor([30.0]), torch.tensor([20.0]), torch.tensor(2.0))
     origins, directions = (x.reshape(-1, 3) for x in camera_rays(c2w, torch.tensor([40.0]), 16, 16))
-    samples = march(origins, directions, grid, torch.full((256,), 0.5))
+    (samples,) = march(origins, directions, grid, torch.full((256,), 0.5), 2**20)
     points = origins[samples.ray] + directions[samples.ray] * samples.t[:, None]
     assert bool(grid.lookup(points).float().mean() > 0.999)  # all but rounding at cell borders
     assert bool((samples.ray.diff() >= 0).all())
@@ -89,7 +101,9 @@ def test_march_keeps_exactly_the_live_samples() -> None:
 def test_pruning_changes_no_picture() -> None:
     scene, full = Ball(), OccupancyGrid(0.6, VolumeConfig(samples_per_ray=256))
     c2w = ring(3, 20.0, 40.0, 0.6)
-    pruned = render_views(scene, grid_of(scene, samples=256), c2w, 40.0, 32)
+    grid = grid_of(scene, samples=256)
+    grid.least_tau = 0.0  # empty cells alone are left out
+    pruned = render_views(scene, grid, c2w, 40.0, 32)
     whole = render_views(scene, full, c2w, 40.0, 32)
     assert float(psnr(pruned.rgb, whole.rgb).min()) > 30  # sampling starts elsewhere in the step; nothing else differs
     assert torch.allclose(pruned.opacity.mean(), whole.opacity.mean(), atol=3e-3)
@@ -198,3 +212,99 @@ def test_what_no_light_reaches_is_left_out_and_not_missed() -> None:
     assert len(stopped[0][-1]) < 0.8 * len(everything[0][-1])
     for one, other in zip(everything[0][:4], stopped[0][:4], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
+
+
+def rays_of(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    c2w, fov = ring(2, 15.0, 40.0, 0.6), torch.full((2,), 40.0)
+    origins, directions = (x.reshape(-1, 3) for x in camera_rays(c2w, fov, size, size))
+    return origins, directions
+
+
+def test_a_buffer_that_is_full_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marched 1,024 samples at a time there are as many as at once, and no more than that are asked for together."""
+    scene = Ball(skin=0.05)
+    origins, directions = rays_of(20)
+    jitter, asked = torch.rand(len(origins)), []
+
+    def density(points: torch.Tensor) -> torch.Tensor:
+        asked.append(len(points))
+        return scene.density(points)
+
+    found = []
+    for capacity in (2**20, 1024):
+        grid = grid_of(scene)
+        grid.config.samples_at_once = capacity
+        asked.clear()
+        found.append(live_samples(origins, directions, grid, jitter, density))
+        assert max(asked) <= capacity and grid.hidden > 0.1
+    assert len(asked) > 5, "there are parts"
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_buffer_takes_whole_rays() -> None:
+    with pytest.raises(ConfigError, match=r"must be at least 1024 and 2 \* volume.samples_per_ray=8000"):
+        VolumeConfig(samples_per_ray=4000, samples_at_once=2048)
+
+
+@pytest.mark.parametrize("dropped", [True, False])
+def test_samples_below_the_threshold_count_as_empty(dropped: bool) -> None:
+    """Whether they are left out beforehand or not: the same picture, and no gradient reaches them."""
+    torch.manual_seed(0)
+    grid = OccupancyGrid(0.6, VolumeConfig(samples_per_ray=64, occupancy_resolution=8, prune_alpha=0.05))
+    grid.density += 50.0
+    grid.mark()
+    assert bool(grid.live.all())
+    origins, directions = rays_of(8)
+    jitter = torch.full((len(origins),), 0.5)
+    density = torch.tensor([0.99, 1.01]) * -math.log1p(-0.05) / grid.step  # just below, just above
+    values = density.clone().requires_grad_()
+
+    def scene(points: torch.Tensor, normals: bool = True) -> FieldSamples:
+        here = values[(points[:, 0] > 0).long()]
+        return FieldSamples(here, torch.zeros(len(points), 3), torch.zeros(len(points), 3))
+
+    seen = render(scene, grid, origins, directions, jitter, density=(lambda p: scene(p).density) if dropped else None)
+    (marched,) = march(origins, directions, grid, jitter, 2**20)
+    front = (origins[marched.ray] + directions[marched.ray] * marched.t[:, None])[:, 0] > 0
+    assert len(seen.ray) == (int(front.sum()) if dropped else len(front))
+    passed = torch.bincount(marched.ray[front], minlength=len(origins))
+    assert torch.allclose(seen.opacity, 1 - torch.exp(-passed * density[1] * grid.step), atol=1e-5)
+    seen.opacity.sum().backward()
+    assert values.grad is not None and values.grad[0] == 0 and values.grad[1] != 0
+
+
+def test_the_threshold_is_never_above_the_mean() -> None:
+    """nerfacc's rule: a young field, thin everywhere, is not dropped as a whole."""
+    grid = OccupancyGrid(0.6, VolumeConfig(samples_per_ray=64, occupancy_resolution=8))
+    assert grid.least_tau == 0
+    grid.density += 1e-3 / grid.step
+    grid.mark()
+    assert grid.least_tau == pytest.approx(1e-3, rel=1e-2)
+    grid.density += 1.0 / grid.step
+    grid.mark()
+    assert grid.least_tau == pytest.approx(0.01005, rel=1e-3)
+
+
+def test_depth_variance_keeps_its_digits_and_has_the_gradient_of_its_definition() -> None:
+    """A surface three thousandths thick, ten units away: E[t^2] - E[t]^2 in fp32 would be rounding alone."""
+    grid = OccupancyGrid(0.6, VolumeConfig(samples_per_ray=2000))
+    sigma = (torch.tensor([0.3, 0.5, 0.2, 2.0]) / grid.step).requires_grad_()
+    t = 10.0 + torch.tensor([0.0, 1e-3, 2e-3, 3e-3])
+
+    def scene(points: torch.Tensor, normals: bool = True) -> FieldSamples:
+        return FieldSamples(sigma, torch.zeros(4, 3), torch.zeros(4, 3))
+
+    origin, direction = torch.tensor([[-10.0, 0, 0]]), torch.tensor([[1.0, 0, 0]])
+    samples = Samples(torch.zeros(4, dtype=torch.int64), t)
+    seen = render_samples(scene, grid, origin, direction, range(1), samples, albedo_only, False)
+    seen.depth_variance.sum().backward()
+
+    exact = sigma.detach().double().requires_grad_()
+    tau = exact * grid.step
+    weights = torch.exp(tau - tau.cumsum(0)) * (1 - torch.exp(-tau))
+    mean = (weights * t).sum() / weights.sum()
+    variance = (weights * (t - mean) ** 2).sum() / weights.sum()
+    variance.backward()
+    assert seen.depth_variance.item() == pytest.approx(variance.item(), rel=1e-2)  # t itself has digits up to 1e-6
+    assert sigma.grad is not None and exact.grad is not None
+    torch.testing.assert_close(sigma.grad.double(), exact.grad, rtol=1e-2, atol=0.0)
