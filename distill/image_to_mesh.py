@@ -30,7 +30,7 @@ from models.checkpoint import MultiViewModel, load_export, read_info
 from models.device import choose_device
 from models.image_encoder import embed_image
 from models.reference_image import load_reference_image
-from monitor.facts import require_key
+from monitor.facts import name_of_weights, require_key
 from monitor.monitor import Monitor
 
 
@@ -194,9 +194,8 @@ def watch(config: GenerateConfig, step: int) -> Monitor | None:
     """The W&B run of one mesh, which goes on from `step`."""
     if config.wandb.mode == "disabled":
         return None
-    out, start = Path(config.out), Path(config.checkpoint)
+    out, start = Path(config.out), config.checkpoint
     title = f"{config.name}-distill-{out.name}"
     monitor = Monitor(out, config.wandb, config.name, "distill", asdict(config), step, title)
-    name = "-".join(start.resolve().parts[-3:-1]) or start.name
-    monitor.artifact(name, "checkpoint", str(start), made=False, about={})
+    monitor.artifact(name_of_weights(start), "checkpoint", start, made=False, about={})
     return monitor

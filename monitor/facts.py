@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from data.files import UserError
+from omegaconf import OmegaConf
+
+from data.files import UserError, content_mark
 from monitor.config import WandbConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 # What does not change when a job is requeued.
 SLURM = ("JOB_ID", "JOB_NAME", "JOB_PARTITION", "JOB_ACCOUNT", "JOB_NUM_NODES", "ARRAY_JOB_ID", "CLUSTER_NAME")
+# What does.
+PLACEMENT = {"nodes": "JOB_NODELIST", "gpus_on_node": "GPUS_ON_NODE", "restarts": "RESTART_COUNT"}
 
 
 def git_state() -> dict[str, str | bool]:
@@ -29,6 +36,39 @@ def git_state() -> dict[str, str | bool]:
 
 def slurm_facts() -> dict[str, str]:
     return {name.lower(): os.environ[f"SLURM_{name}"] for name in SLURM if f"SLURM_{name}" in os.environ}
+
+
+def placement() -> dict[str, str]:
+    """Where this start of a job runs; {} outside of SLURM."""
+    found = {name: os.environ.get(f"SLURM_{key}") for name, key in PLACEMENT.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@contextlib.contextmanager
+def slurm_hidden() -> Iterator[None]:
+    """Without SLURM's variables, of which SLURM_JWT is a key: W&B's own process writes all of them into its files."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("SLURM_")}
+    try:
+        yield
+    finally:
+        os.environ |= hidden
+
+
+def mark_of(path: Path) -> str:
+    """Tells versions of weights, a mesh or shards apart: of a folder, by its weights and its JSON files."""
+    files = [path] if path.is_file() else [p for end in ("json", "safetensors") for p in path.rglob(f"*.{end}")]
+    marks = sorted((file.relative_to(path).as_posix(), content_mark(file)) for file in files)
+    return hashlib.sha256(repr(marks).encode()).hexdigest()
+
+
+def name_of_weights(folder: str | Path) -> str:
+    """As the run that made an export has noted it; of other weights, their folder's name."""
+    folder = Path(folder).resolve()
+    config = folder.parent / "config.yaml"
+    if folder.name.startswith("export") and config.is_file():
+        run = OmegaConf.load(config)
+        return f"{run.name}-stage{run.stage}{folder.name.removeprefix('export')}"
+    return folder.name
 
 
 def has_key() -> bool:

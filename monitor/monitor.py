@@ -16,7 +16,7 @@ from PIL import Image
 
 from data.files import UserError, atomic_file
 from monitor.config import WandbConfig
-from monitor.facts import git_state, slurm_facts
+from monitor.facts import git_state, mark_of, placement, slurm_facts, slurm_hidden
 from monitor.wandb_file import last_step
 
 # W&B makes a section of panels of what stands before the slash.
@@ -27,14 +27,15 @@ SECTIONS = {
     "damaged_objects": "faults",
 }  # fmt: skip
 ALERT_EVERY_S = 3600  # of one title
+SENT = "wandb_sent"
 
 
 class Monitor:
     """One W&B run, however often it starts again: its id is in the folder, and no step is logged twice.
 
     A run that goes on takes the steps after its checkpoint once more, to the same values; those that W&B has already
-    are not sent again, and those that a killed process had not sent yet come from metrics.jsonl.  Where W&B fails while
-    the run is on, that is said and the run goes on without it, to be sent all of it when it starts again.
+    are not sent again, and those that a killed process had not sent yet come from metrics.jsonl.  Where W&B fails, at
+    the start or later, that is said and the run goes on without it, to be sent all of it when it starts again.
     """
 
     def __init__(
@@ -48,46 +49,71 @@ class Monitor:
         title: str | None = None,
     ):
         """pipeline: the name that stages and meshes share.  kind: such as "stage1".  settings: the configuration."""
-        import wandb
-
         self.path, self.folder, self.config = folder / "metrics.jsonl", folder, config
+        self.title = title or f"{pipeline}-{kind}"
         self.unwritten = ""
         self.row: dict[str, Any] = {}  # of the step that is not over yet
         self.failed = False
         logged = drop_after(self.path, first_step)
         id_file = folder / "wandb_id"
-        run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
+        again = id_file.is_file()
+        run_id = id_file.read_text().strip() if again else secrets.token_hex(4)
         with atomic_file(id_file) as temporary:
             temporary.write_text(run_id + "\n")
-        self.sent = last_step(folder, run_id)
-        self.run = wandb.init(
-            dir=folder,
-            id=run_id,
-            resume="allow" if config.mode == "online" else None,
-            mode=config.mode,  # type: ignore[arg-type]
-            project=config.project,
-            entity=config.entity,
-            name=title or f"{pipeline}-{kind}",
-            group=pipeline,
-            job_type=kind,
-            tags=[kind, *config.tags],
-            config=settings | {"git": git_state(), "slurm": slurm_facts()},
-            settings=wandb.Settings(silent=True),
-        )
+        self.sent = max(last_step(folder, run_id), self._noted_step())
+        self._try(lambda: self._begin(run_id, pipeline, kind, settings))
+        self._note_step()
+        for row in logged:
+            self._send(row)
+        if again:
+            where = "".join(f"; {name} {value}" for name, value in placement().items())
+            self.alert("started again", f"goes on from step {first_step}{where}")
+
+    def _begin(self, run_id: str, pipeline: str, kind: str, settings: dict[str, Any]) -> None:
+        import wandb
+
+        with slurm_hidden():
+            self.run = wandb.init(
+                dir=self.folder,
+                id=run_id,
+                resume="allow" if self.config.mode == "online" else None,
+                mode=self.config.mode,  # type: ignore[arg-type]
+                project=self.config.project,
+                entity=self.config.entity,
+                name=self.title,
+                group=pipeline,
+                job_type=kind,
+                tags=[kind, *self.config.tags],
+                config=settings | {"git": git_state(), "slurm": slurm_facts()},
+                settings=wandb.Settings(silent=True),
+            )
         if self.run.resumed:
             self.sent = max(self.sent, int(self.run.summary.get("global_step", -1)))
         self.run.define_metric("global_step")
         self.run.define_metric("*", step_metric="global_step")
-        for row in logged:
-            self._send(row)
+        if placement():
+            self.run.summary["slurm"] = placement()  # of the newest start; what is in config is the same at each
+
+    def _noted_step(self) -> int:
+        path = self.folder / SENT
+        return int(path.read_text()) if path.is_file() else -1
+
+    def _note_step(self) -> None:
+        """What W&B has for certain: its files may be removed by `wandb clean` once they are synced."""
+        if self.failed or self.config.mode == "disabled":
+            return
+        try:
+            with atomic_file(self.folder / SENT) as temporary:
+                temporary.write_text(f"{self.sent}\n")
+        except UserError as error:  # a full disk must not end the run
+            print(f"warning: {error}", file=sys.stderr, flush=True)
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
         """Values of a step; more may follow.  A str is the name of a picture's file in the folder."""
         self.unwritten += json.dumps({"global_step": step, **values}) + "\n"
         self.write()
         if self.row.get("global_step", step) != step:
-            self._send(self.row)
-            self.row = {}
+            self._send_row()
         self.row |= {"global_step": step, **values}
 
     def write(self) -> None:
@@ -114,8 +140,7 @@ class Monitor:
 
     def alert(self, title: str, words: str, level: str = "INFO") -> None:
         """A message to whoever watches.  level: INFO, WARN or ERROR."""
-        words = f"{self.run.name}: {words}"
-        self._try(lambda: self.run.alert(title[:60], words, level, ALERT_EVERY_S))
+        self._try(lambda: self.run.alert(title[:60], f"{self.title}: {words}", level, ALERT_EVERY_S))
 
     def media(self, step: int, video: Path, mesh: Path) -> None:
         """A turntable (MP4) and a mesh (GLB), to be looked at in W&B."""
@@ -125,6 +150,7 @@ class Monitor:
             shown = {"turntable": wandb.Video(str(video), format="mp4"), "mesh": wandb.Object3D(str(mesh))}
             self.run.log({"global_step": step, **shown}, step=step)
 
+        self._send_row()  # W&B takes no step below one that it has
         self._try(show)
 
     def artifact(self, name: str, kind: str, place: str, made: bool, about: dict[str, Any]) -> None:
@@ -137,6 +163,9 @@ class Monitor:
         def note() -> None:
             artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), kind, metadata=about)
             path = Path(place)
+            # What makes another version of it, for W&B: a place, which is noted without its content, stays the same.
+            with artifact.new_file("content.json") as file:
+                json.dump(about if "://" in place else {"content": mark_of(path)}, file)
             if "://" in place:
                 artifact.add_reference(place, checksum=False)
             elif self.config.artifacts == "reference" or not made:
@@ -151,9 +180,13 @@ class Monitor:
             self._try(note)
 
     def close(self, status: int = 0) -> None:
+        self._send_row()
+        self._try(lambda: self.run.finish(exit_code=status))
+        self._note_step()
+
+    def _send_row(self) -> None:
         self._send(self.row)
         self.row = {}
-        self._try(lambda: self.run.finish(exit_code=status))
 
     def _send(self, row: dict[str, Any]) -> None:
         import wandb

@@ -1,6 +1,7 @@
-"""What an offline W&B run has on disk: its .wandb files, in W&B's own message types.
+"""What an offline W&B run has on disk: its .wandb files.
 
-The file is LevelDB's log format (github.com/google/leveldb/blob/main/doc/log_format.md) behind a header of 7 bytes.
+W&B has no reader of them in Python any more, so the file is taken apart here, into messages that W&B's own types parse.
+It is LevelDB's log format (github.com/google/leveldb/blob/main/doc/log_format.md) behind a header of 7 bytes.
 """
 
 from __future__ import annotations

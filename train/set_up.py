@@ -20,6 +20,7 @@ from data.stream import Batch, ViewDataset, micro_batches
 from models.checkpoint import ExportInfo, MultiViewModel, read_info
 from models.image_encoder import ClipImageEncoder, count_tokens
 from models.latents import encoders_mark
+from monitor.facts import name_of_weights
 from monitor.monitor import Monitor
 from train.checkpoints import (
     STATE_BYTES,
@@ -181,8 +182,7 @@ def watch(config: TrainConfig, folder: Path, step: int, marks: dict[str, Any]) -
     shards = Path(config.data.shards).name
     monitor.artifact(shards, "shards", config.data.shards, made=False, about={"manifest": marks["data.shards"]})
     if config.init_from is not None:
-        start = Path(config.init_from)
-        monitor.artifact("-".join(start.parts[-3:-1]) or start.name, "checkpoint", str(start), made=False, about={})
+        monitor.artifact(name_of_weights(config.init_from), "checkpoint", config.init_from, made=False, about={})
     return monitor
 
 
