@@ -23,14 +23,14 @@ MATTE_MTL = "newmtl albedo\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd {picture}\n"
 
 
 def srgb_to_linear(colours: np.ndarray) -> np.ndarray:
-    """uint8 to uint8, IEC 61966-2-1."""
+    """uint8 to uint16, IEC 61966-2-1: eight bits would leave the dark colours a handful of steps."""
     c = colours / 255.0
-    return np.round(255 * np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)).astype(np.uint8)
+    return np.round(65535 * np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)).astype(np.uint16)
 
 
 def linear_to_srgb(colours: np.ndarray) -> np.ndarray:
-    """uint8 to uint8, inverse of `srgb_to_linear` up to rounding."""
-    c = colours / 255.0
+    """uint16 to uint8, inverse of `srgb_to_linear`; what is given as uint8 has its 255 at 1."""
+    c = colours / np.iinfo(colours.dtype).max
     return np.round(255 * np.where(c <= 0.0031308, c * 12.92, 1.055 * c ** (1 / 2.4) - 0.055)).astype(np.uint8)
 
 
@@ -68,6 +68,19 @@ def _named(name: str) -> Any:
     return change
 
 
+def _fine_colours(colours: np.ndarray) -> Any:
+    """Puts colours (X, 4) uint8, sRGB, in place of COLOR_0, linear with 16 bits, for which trimesh knows no type."""
+    linear = np.concatenate([srgb_to_linear(colours[:, :3]), colours[:, 3:].astype(np.uint16) * 257], axis=1)
+
+    def change(buffers: dict[Any, bytes], tree: dict[str, Any]) -> None:
+        number = tree["meshes"][0]["primitives"][0]["attributes"]["COLOR_0"]
+        accessor = list(tree["accessors"].values())[number]
+        accessor |= {"componentType": 5123, "max": linear.max(axis=0).tolist(), "min": linear.min(axis=0).tolist()}
+        buffers[list(buffers)[accessor["bufferView"]]] = linear.astype("<u2").tobytes()
+
+    return change
+
+
 def save_glb(path: Path, mesh: trimesh.Trimesh, name: str = "mesh") -> None:
     """Writes the mesh in glTF's axes and colour spaces, and reads it back.
 
@@ -76,12 +89,11 @@ def save_glb(path: Path, mesh: trimesh.Trimesh, name: str = "mesh") -> None:
     """
     vertices, normals = in_gltf_axes(mesh)
     visual: Any = mesh.visual
-    if picture_of(mesh) is None:
-        colours = np.asarray(visual.vertex_colors).copy()
-        colours[:, :3] = srgb_to_linear(colours[:, :3])
-        visual = trimesh.visual.ColorVisuals(vertex_colors=colours)
+    fine = None if picture_of(mesh) is not None else _fine_colours(np.asarray(visual.vertex_colors))
     turned: Any = trimesh.Trimesh(vertices, mesh.faces, vertex_normals=normals, visual=visual, process=False)
-    content: bytes = turned.export(file_type="glb", include_normals=True, tree_postprocessor=_named(name))
+    content: bytes = turned.export(
+        file_type="glb", include_normals=True, tree_postprocessor=_named(name), buffer_postprocessor=fine
+    )
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)
     require_same(path, mesh, load_glb(path))
@@ -107,9 +119,11 @@ def load_glb(path: Path) -> trimesh.Trimesh:
     (mesh,) = trimesh.load_scene(path, process=False).geometry.values()
     visual: Any = mesh.visual
     if picture_of(mesh) is None:
-        colours = np.asarray(visual.vertex_attributes["color"]).copy()
-        colours[:, :3] = linear_to_srgb(colours[:, :3])
-        visual = trimesh.visual.ColorVisuals(vertex_colors=colours)
+        linear = np.asarray(visual.vertex_attributes["color"])
+        opaque = (linear[:, 3:] / np.iinfo(linear.dtype).max * 255).astype(np.uint8)
+        visual = trimesh.visual.ColorVisuals(
+            vertex_colors=np.concatenate([linear_to_srgb(linear[:, :3]), opaque], axis=1)
+        )
     back = TO_GLTF[:3, :3]
     return trimesh.Trimesh(
         mesh.vertices @ back, mesh.faces, vertex_normals=mesh.vertex_normals @ back, visual=visual, process=False

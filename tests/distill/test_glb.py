@@ -88,9 +88,28 @@ def test_read_back_in_world_axes_with_texture_or_colours(tmp_path: Path) -> None
     save_glb(tmp_path / "plain.glb", box, "plain")
     back = load_glb(tmp_path / "plain.glb")
     assert picture_of(back) is None
-    assert np.abs(back.visual.vertex_colors[:, :3].astype(int) - [200, 100, 50]).max() <= 2
+    assert (back.visual.vertex_colors == [200, 100, 50, 255]).all()
     tree, _ = chunks(tmp_path / "plain.glb")
     assert "COLOR_0" in tree["meshes"][0]["primitives"][0]["attributes"] and "textures" not in tree
+
+
+def test_colours_at_vertices_are_linear_with_16_bits(tmp_path: Path) -> None:
+    """All 256 shades come back, the dark ones too; the file says what it holds, and viewers of ours read it."""
+    shades = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    corners = np.random.default_rng(0).random((256, 3))
+    mesh = trimesh.Trimesh(corners, np.arange(254)[:, None] + [0, 1, 2], process=False)
+    mesh.visual = trimesh.visual.ColorVisuals(mesh, vertex_colors=shades)
+    save_glb(tmp_path / "grey.glb", mesh)
+    tree, binary = chunks(tmp_path / "grey.glb")
+    accessor = tree["accessors"][tree["meshes"][0]["primitives"][0]["attributes"]["COLOR_0"]]
+    assert (accessor["componentType"], accessor["normalized"], accessor["type"]) == (5123, True, "VEC4")
+    view = tree["bufferViews"][accessor["bufferView"]]
+    assert view["byteLength"] == 256 * 8 and view["byteOffset"] % 4 == 0
+    linear = np.frombuffer(binary, "<u2", 1024, view["byteOffset"]).reshape(256, 4)
+    assert linear[128, 0] == round(65535 * ((128 / 255 + 0.055) / 1.055) ** 2.4) and (linear[:, 3] == 65535).all()
+    assert accessor["max"] == linear.max(axis=0).tolist() and accessor["min"] == linear.min(axis=0).tolist()
+    assert np.array_equal(load_glb(tmp_path / "grey.glb").visual.vertex_colors[:, :3], shades)
+    assert "254 triangles, 256 vertices" in report.glb_viewer(tmp_path / "grey.glb", "greys")
 
 
 def test_names_that_could_collide_are_kept(tmp_path: Path) -> None:
