@@ -25,7 +25,9 @@ def requeue() -> None:
     """Has SLURM start this job again, up to MAX_REQUEUES times.  Nothing in a process that submitit has not started."""
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
         return
-    job = os.environ["SLURM_JOB_ID"]
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    # One task of an array may bear the number of the whole array, all of which scontrol would requeue.
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
     count, most = (
         int(os.environ.get(name, usual)) for name, usual in (("SLURM_RESTART_COUNT", 0), ("MAX_REQUEUES", 20))
     )
@@ -34,6 +36,12 @@ def requeue() -> None:
               file=sys.stderr, flush=True)  # fmt: skip
         return
     if os.environ.get("SLURM_PROCID", "0") == "0":
-        print(f"job {job}: saved, and requeued (time {count + 1} of at most {most})", flush=True)
-        subprocess.run(["scontrol", "requeue", job], check=True)
-    time.sleep(60)  # until the scheduler ends this process, and not the job because one of its processes has ended
+        print(f"job {job}: requeued (time {count + 1} of at most {most})", flush=True)
+        for _ in range(10):  # the controller may be slow to answer
+            if subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0:
+                break
+            time.sleep(15)
+        else:
+            print(f"error: job {job} could not be requeued; submit it again to go on", file=sys.stderr, flush=True)
+            return
+    time.sleep(600)  # until the scheduler ends this process, and not the job because one of its processes has ended

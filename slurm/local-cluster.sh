@@ -4,9 +4,10 @@
 #   slurm/local-cluster.sh start          starts it and prints how to reach it
 #   slurm/local-cluster.sh stop           ends its jobs and daemons
 #   slurm/local-cluster.sh node-up NODE   starts one node's daemon again
-# Environment: CLUSTER (its folder, default /tmp/isotropic3d-cluster-UID), NODES (2), CPUS a node (4, more than the machine has
-# is well), MEMORY a node in MB (8000), PORT (16820; the nodes take those after it).
-# Jobs of its partition urgent preempt those of main, which have a minute to save and start again.
+# Environment: CLUSTER (its folder, default /tmp/isotropic3d-cluster-UID), NODES (2), CPUS a node (4, more than there are
+# is well), MEMORY a node in MB (8000), PORT (16820; the nodes take those after it).  Each node pretends to two GPUs.
+# Jobs of its partition urgent preempt those of main, which have half a minute to save, and of brief, which have only
+# KillWait's 5 s; both start again.
 # Its configuration, keys, logs and state are in that folder; nothing of an installed SLURM is touched but /etc/hosts,
 # where the nodes' names are written, since jobs look each other up by them.
 set -euo pipefail
@@ -19,7 +20,8 @@ as_root() { if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo -n "$@"; fi; }
 
 install() {
   as_root apt-get update -qq
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+    slurmctld slurmd slurm-client munge
 }
 
 write_configuration() {
@@ -61,12 +63,17 @@ JobRequeue=1
 KillWait=5
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
-NodeName=node[1-$nodes] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=$cpus RealMemory=$memory
+GresTypes=gpu
+NodeName=DEFAULT CPUs=$cpus RealMemory=$memory Gres=gpu:2
+NodeName=node[1-$nodes] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))]
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=brief Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=0
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 EOF
+  # GPUs for SLURM to deal out; they have to be devices, and no program finds CUDA in these.
+  printf "NodeName=node[1-$nodes] Name=gpu File=%s\n" /dev/null /dev/zero >"$base/gres.conf"
   for number in $(seq "$nodes"); do
     mkdir -p "$base/spool.node$number"
     getent hosts "node$number" >/dev/null || echo "127.0.0.1 node$number" | as_root tee -a /etc/hosts >/dev/null
@@ -77,7 +84,10 @@ running() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
 
 start() {
   for program in slurmctld slurmd sbatch munged; do
-    command -v $program >/dev/null || { echo "error: $program is not installed; slurm/local-cluster.sh install" >&2; exit 2; }
+    if ! command -v $program >/dev/null; then
+      echo "error: $program is not installed; slurm/local-cluster.sh install" >&2
+      exit 2
+    fi
   done
   if running "$base/slurmctld.pid"; then
     echo "error: a cluster runs in $base; slurm/local-cluster.sh stop, or choose another CLUSTER= and PORT=" >&2

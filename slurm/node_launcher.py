@@ -31,9 +31,10 @@ def hand_on(number: int, frame: FrameType | None) -> None:
         child.send_signal(signal.SIGUSR1)
 
 
-def status_of(exitcodes: Iterable[int]) -> int:
-    """Of this node's processes.  exitcodes: as Popen has them, -N for signal N; SIGTERM is the launcher's own."""
-    wishes = (REQUEUE, -signal.SIGUSR1, -signal.SIGTERM)
+def status_of(exitcodes: Iterable[int], processes: int) -> int:
+    """Of this node's processes, of `processes` in all.  exitcodes: as Popen has them, -N for signal N; SIGTERM is the
+    launcher's own, and NCCL ends by SIGABRT the processes that have lost another."""
+    wishes = [REQUEUE, -signal.SIGUSR1, -signal.SIGTERM] + ([-signal.SIGABRT] if processes > 1 else [])
     own = [128 - code if code < 0 else 100 + min(code, 27) for code in exitcodes if code not in wishes]
     return max(own, default=REQUEUE)
 
@@ -46,7 +47,8 @@ def main() -> None:
     try:
         launch_command(arguments)
     except ChildFailedError as error:
-        raise SystemExit(status_of(failure.exitcode for failure in error.failures.values())) from None
+        exitcodes = [failure.exitcode for failure in error.failures.values()]
+        raise SystemExit(status_of(exitcodes, arguments.num_processes)) from None
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 #!/bin/bash
 # Submits stage 1, stage 2 after it, and an array that distils a mesh of each picture after that; prints the job ids.
 #   slurm/pipeline.sh images=pictures name=mine experiment=paper data.shards=shards stage1:init_from=weights/mvdream
-# Words:  --option       for sbatch, of both stages      key=value       Hydra override, of both stages
+# Words:  --option       for sbatch, of both stages
+#         key=value      Hydra override, of both stages; wandb.* of distill too
 #         stage1:WORD    for stage 1 alone               stage2:WORD, distill:WORD    likewise
-# images= (a picture or a folder of pictures) and out= (default runs/NAME/meshes) are for distill; without images=, the two
-# stages alone are submitted.  A stage that fails leaves what comes after it unstarted, and says so at the end of its log.
+# images= (a picture or a folder of pictures) and out= (default runs/NAME/meshes) are for distill; without images=, the
+# two stages alone are submitted.  A stage that fails leaves what comes after it unstarted, and its log says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=slurm/site.env
@@ -18,7 +19,7 @@ if [ $# -eq 0 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
 fi
 
 name=isotropic3d images='' out=''
-stage1=() stage2=() distill=() options1=() options2=() options3=()
+stage1=() stage2=() distill=() shared=() options1=() options2=() options3=()
 for word in "$@"; do
   case $word in
     images=*) images=${word#*=} ;;
@@ -32,7 +33,10 @@ for word in "$@"; do
     --*) options1+=("$word") options2+=("$word") ;;
     *=*)
       stage1+=("$word") stage2+=("$word")
-      case $word in name=*) name=${word#*=} ;; esac
+      case $word in
+        name=*) name=${word#*=} ;;
+        wandb.*) shared+=("$word") ;;
+      esac
       ;;
     *)
       echo "error: $word is neither key=value nor --option=value; slurm/pipeline.sh --help" >&2
@@ -49,7 +53,8 @@ after=(--kill-on-invalid-dep=yes)
 first=$(sbatch --parsable "${options1[@]}" slurm/stage1.sbatch "${stage1[@]}")
 first=${first%%;*} # on a federation, the cluster's name follows
 echo "stage 1: job $first, slurm-isotropic3d-stage1-$first.out"
-second=$(sbatch --parsable "${after[@]}" --dependency="afterok:$first" "${options2[@]}" slurm/stage2.sbatch "${stage2[@]}") || {
+second=$(sbatch --parsable "${after[@]}" --dependency="afterok:$first" "${options2[@]}" slurm/stage2.sbatch \
+  "${stage2[@]}") || {
   scancel "$first"
   echo "error: stage 2 could not be submitted; job $first is cancelled" >&2
   exit 1
@@ -59,7 +64,7 @@ echo "stage 2: job $second after it, slurm-isotropic3d-stage2-$second.out"
 if [ -n "$images" ]; then
   third=$(sbatch --parsable "${after[@]}" --dependency="afterok:$second" "${options3[@]}" slurm/distill.sbatch \
     "images=$images" "out=${out:-runs/$name/meshes}" "checkpoint=runs/$name/stage2/export" "name=$name" \
-    "wandb.mode=${WANDB_MODE:-offline}" "${distill[@]}") || {
+    "wandb.mode=${WANDB_MODE:-offline}" "${shared[@]}" "${distill[@]}") || {
     scancel "$first" "$second"
     echo "error: distill could not be submitted; jobs $first and $second are cancelled" >&2
     exit 1

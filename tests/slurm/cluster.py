@@ -15,6 +15,13 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+SLEEP = """#!/bin/bash
+source slurm/job.sh
+[ "${SLURM_RESTART_COUNT:-0}" -lt "$STARTS" ] || exit 0
+status=0
+until_the_end bash -c 'echo sleeping; exec sleep 600' || status=$?
+end_with "$status"
+"""
 SMALL = ["--gpus-per-node=0", "--cpus-per-task=2", "--time=30"]
 
 
@@ -80,3 +87,16 @@ class Cluster:
 
     def start_node(self, name: str) -> None:
         self.call("bash", "slurm/local-cluster.sh", "node-up", name)
+
+
+def sleeping(cluster: Cluster, folder: Path, *words: str, script: str = SLEEP, starts: int = 1) -> str:
+    """The number of a job that sleeps in so many starts, and ends by itself in the next."""
+    path = folder / "job.sbatch"
+    path.write_text(script)
+    options = ["--parsable", "--requeue", "--open-mode=append", *SMALL]
+    return cluster.call("sbatch", *options, *words, str(path), STARTS=str(starts)).strip()
+
+
+def after(cluster: Cluster, folder: Path, *numbers: str) -> Job:
+    words = [f"--dependency=afterok:{':'.join(numbers)}", "--kill-on-invalid-dep=yes", "--wrap=true"]
+    return cluster.submit(folder, *words)

@@ -33,4 +33,4 @@ def test_a_job_a_value_of_two_ranks_each(cluster: Cluster, tiny, tmp_path) -> No
         state = json.loads((out / "checkpoints" / "step_00000040" / "state.json").read_text())
         assert state["world_size"] == 2 and state["identity"]["optim.lr"] == float(out.name.removeprefix("lr-"))
     words = "".join(path.read_text() for path in (logs / number).glob("*.out"))
-    assert "saved, and requeued (time 1 of at most 20)" in words and len(re.findall("going on from", words)) == 1
+    assert "requeued (time 1 of at most 20)" in words and len(re.findall("going on from", words)) == 1
