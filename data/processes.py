@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import signal
@@ -19,6 +20,7 @@ from data.files import UserError, require_writable
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # prctl(2)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems, such as Lustre mounted without flock
 REQUEUE = os.EX_TEMPFAIL  # 75: a program's that has saved its state and wants to be started again
 
 
@@ -38,11 +40,15 @@ def program(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait_s: float = 45) -> Iterator[None]:
+def locked(folder: Path, wait_s: float | None = None) -> Iterator[None]:
     """Keeps other processes out of `folder`, until the end of the block or of this process, however it ends.
 
-    Waits a while for a former process that is on its way out; then UserError naming its number.
+    Waits a while for a former process that is on its way out, by default 45 s, and 10 minutes in a job that has started
+    again, since NFS keeps the lock of a node that is gone for some; then UserError naming its number.  Where the file
+    system has no locks, that is said.
     """
+    if wait_s is None:
+        wait_s = 45 if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" else 600
     require_writable(folder)
     with open(folder / ".lock", "a+") as lock:
         deadline = time.monotonic() + wait_s
@@ -58,6 +64,12 @@ def locked(folder: Path, wait_s: float = 45) -> Iterator[None]:
                         f"{folder} is in use by process {owner}; wait for it or stop it, or choose another out="
                     ) from None
                 time.sleep(0.5)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(f"warning: the file system of {folder} has no locks ({error.strerror}); let no two processes "
+                      "work in it at once", file=sys.stderr, flush=True)  # fmt: skip
+                break
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

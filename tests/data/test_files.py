@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -88,6 +90,15 @@ def test_one_process_a_folder(tmp_path: Path) -> None:
     holder.wait()
     with locked(tmp_path, wait_s=5):
         pass
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def refuse(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locked(tmp_path):
+        assert "has no locks (Function not implemented); let no two processes" in capsys.readouterr().err
 
 
 CHILD = "import time; from data.processes import die_with_parent as d; d(); print('up', flush=True); time.sleep(60)"
