@@ -49,9 +49,9 @@ check: install
 doctor: install
 	@$(BIN)/python doctor/run.py
 
-## make bench     ratios against named baselines, measured in one run
+## make bench     ratios against named baselines, measured in one run, and the aims on an H100 where there is one
 bench: install
-	@for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	@status=0; for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; exit $$status
 
 ## make clean     remove runs; keep environments
 clean:

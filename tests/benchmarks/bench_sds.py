@@ -1,32 +1,28 @@
-"""What a step of score distillation costs, and where: `python tests/benchmarks/bench_sds.py [--cuda] [--width 320]`.
+"""What a run of score distillation costs, and where: `python tests/benchmarks/bench_sds.py`.
 
-The released configuration's two phases (64 px x 8 views, 256 px x 4 views with shading) with random networks. Renderer,
-autoencoder, UNet and the way back are timed apart, and together against the renderer alone, in the same run.
-On CUDA the defaults are the full size; on the CPU, smaller ones.
+The released configuration's schedule (64 px x 8 views, then 256 px x 4 views with shading) with random networks. On
+CUDA it is run as it stands, all 10,000 steps at full size, compiled as distill/generate.py does, and judged on an H100:
+10 minutes, 24 GiB, and how far it is from the floor. On the CPU a small one, of which some steps all over the schedule.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import platform
 import statistics
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from machine import header, is_h100, now, peak_gib, usual_device
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distill import distillation
-from distill.config import GenerateConfig, ScheduleConfig
+from distill.config import GenerateConfig
 from distill.distillation import Scene, camera_ranges, step_together
 from distill.field import FieldConfig
 from distill.snapshot import new_run
@@ -34,6 +30,10 @@ from models.autoencoder import SD_VAE
 from models.checkpoint import ExportInfo, MultiViewModel, make_scheduler
 from models.config import UNetConfig
 from models.multiview import build_unet
+
+AIM_MIN, AIM_GIB = 10, 24
+FLOOR_S = 71  # 57 PFLOP of UNet and autoencoder at the 800 TFLOP/s that an H100 reaches in bf16
+OTHER = "the rest"
 
 
 def random_model(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> MultiViewModel:
@@ -52,102 +52,142 @@ def random_model(options: argparse.Namespace, device: torch.device, dtype: torch
 
 
 class Clock:
-    """Seconds of named parts; on CUDA it waits for them, so that they do not overlap."""
+    """Seconds of named parts; it waits for the device, so that they do not overlap.  Off, it leaves the step alone."""
 
-    def __init__(self, cuda: bool):
-        self.cuda, self.seconds = cuda, defaultdict[str, float](float)
+    def __init__(self, device: torch.device):
+        self.device, self.on, self.last = device, False, 0.0
+        self.seconds = defaultdict[str, float](float)
 
-    def now(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def lap(self, name: str) -> None:
+        """What has passed since the last lap belongs to `name`."""
+        moment = now(self.device)
+        self.seconds[name] += moment - self.last
+        self.last = moment
 
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, before: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
-            began = self.now()
-            try:
-                return function(*arguments, **more)
-            finally:
-                self.seconds[name] += self.now() - began
+            if self.on:
+                self.lap(before)
+            answer = function(*arguments, **more)
+            if self.on:
+                self.lap(name)
+            return answer
+
+        return call
+
+    def marked(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """`encode_images` that also tells when its pictures' gradient is there."""
+
+        def call(vae: Any, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+            if self.on:
+                images.register_hook(lambda gradient: self.lap("losses, autoencoder's way back"))
+            return encode(vae, images, noise=noise)
 
         return call
 
 
-def phase(options: argparse.Namespace, model: MultiViewModel, number: int, progress: float) -> None:
-    device = next(model.unet.parameters()).device
-    config = GenerateConfig(checkpoint="", image="", out="", steps=10_000, schedule=ScheduleConfig(
-        resolutions=[64, options.size], sets=[2, 1]), field=FieldConfig(log2_entries=options.log2_entries))  # fmt: skip
-    config = replace(config, volume=replace(config.volume, samples_per_ray=options.samples))
+def run_through(options: argparse.Namespace, model: MultiViewModel, device: torch.device) -> float:
+    """Steps all over the schedule, every one or some; returns the seconds that all of it takes, or would take."""
+    config = GenerateConfig(checkpoint="", image="", out="", steps=10_000,
+                            field=FieldConfig(log2_entries=options.log2_entries))  # fmt: skip
+    config.schedule.resolutions[-1] = options.size
+    config.volume.samples_per_ray = options.samples
     run = new_run(config, device)
-    context = torch.randn(1, 1, 1024, device=device)
-    scene, ranges = Scene(run, context, Path(), ""), camera_ranges(config, model.info)
-    clock = Clock(options.cuda)
-    parts = {"render_sets": "renderer", "encode_images": "autoencoder", "wanted_latents": "UNet"}
-    kept = {name: getattr(distillation, name) for name in parts}
-    for name, title in parts.items():
-        setattr(distillation, name, clock.timed(title, kept[name]))
-    totals, live = [], []
-    if options.cuda:
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        for turn in range(options.steps + options.warm_up):
-            if turn == options.warm_up:
-                clock.seconds.clear()
-            run.step = int(progress * config.steps) + turn
-            began = clock.now()
+    scene = Scene(run, torch.randn(1, 1, 1024, device=device), Path(), "")
+    ranges, clock = camera_ranges(config, model.info), Clock(device)
+    distillation.render_sets = clock.timed(OTHER, "renderer", distillation.render_sets)
+    distillation.encode_images = clock.timed(OTHER, "autoencoder", clock.marked(distillation.encode_images))
+    distillation.wanted_latents = clock.timed(OTHER, "UNet", distillation.wanted_latents)
+    stride = max(config.steps // options.steps, 1)
+    seconds, parts = defaultdict[int, list[float]](list), defaultdict[int, dict[str, float]](dict)
+    live = defaultdict[int, list[float]](list)
+    began = now(device)
+    for turn in range(options.steps):
+        step = turn * stride + turn % config.volume.occupancy_every * (stride > 1)  # the grid's update in its turn
+        phase = sum(step / config.steps >= share for share in config.schedule.milestones)
+        first = phase not in live
+        if first and stride > 1:  # compilation, allocation: of 10,000 steps it would be next to nothing
+            run.step = step
             step_together([scene], model, ranges, config)
-            if turn >= options.warm_up:
-                totals.append(clock.now() - began)
-                live.append(run.losses[-1]["samples"])
-    finally:
-        for name, function in kept.items():
-            setattr(distillation, name, function)
-    total = statistics.fmean(totals)
-    shares = {name: seconds / len(totals) / total for name, seconds in clock.seconds.items()}
-    shares["the rest: way back, optimizer"] = 1 - sum(shares.values())
-    where = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    print(f"phase {number}: {statistics.median(totals):.4f} s a step (median), {1 / total:.2f} steps/s, "
-          f"{total / (clock.seconds['renderer'] / len(totals)):.1f} times the renderer's forward pass; {where}; "
-          f"{statistics.fmean(live) / 1e6:.2f} M live samples", flush=True)  # fmt: skip
-    if options.cuda:
-        print(f"  peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; 5,000 such steps: "
-              f"{5000 * total / 60:.1f} min", flush=True)  # fmt: skip
+        run.step = step
+        clock.on = turn % options.watch == 0
+        clock.seconds.clear()
+        clock.last = start = now(device)
+        step_together([scene], model, ranges, config)
+        if clock.on:
+            clock.lap("renderer's way back, optimizer")
+            for name, value in clock.seconds.items():
+                parts[phase][name] = parts[phase].get(name, 0) + value
+        seconds[phase].append(now(device) - start)
+        live[phase].append(run.losses[-1]["samples"])
+        if len(run.losses) % 1000 == 0:
+            print(f"  step {step}: {now(device) - began:.0f} s", flush=True)
+    ends = [0.0, *config.schedule.milestones, 1.0]
+    total = 0.0
+    for phase, times in sorted(seconds.items()):
+        size, sets = config.schedule.resolutions[phase], config.schedule.sets[phase]
+        whole = statistics.fmean(times) * (ends[phase + 1] - ends[phase]) * config.steps
+        total += whole
+        watched = sum(parts[phase].values())
+        where = ", ".join(f"{name} {value / watched:.0%}" for name, value in parts[phase].items())
+        print(f"phase {phase + 1}, {sets * model.info.num_views} views of {size} px: {1 / statistics.fmean(times):.2f} "
+              f"steps/s (median {statistics.median(times):.4f} s), {whole / 60:.1f} min of the run; {where}; "
+              f"{statistics.fmean(live[phase]) / 1e6:.2f} M samples, at most {max(live[phase]) / 1e6:.2f}",
+              flush=True)  # fmt: skip
+    return now(device) - began if stride == 1 else total
+
+
+def judge(total: float, device: torch.device, full: bool) -> bool:
+    """Says whether the aims are met; only a full-size run on an H100 can miss them."""
+    peak = peak_gib(device)
+    print(f"10,000 steps: {total / 60:.1f} min; peak memory {peak:.1f} GiB")
+    if not (full and is_h100(device)):
+        print(f"aims ({AIM_MIN} min, {AIM_GIB} GiB, floor {FLOOR_S} s): judged at full size on an H100 alone")
+        return True
+    for what, met in ((f"{AIM_MIN} min", total < 60 * AIM_MIN), (f"{AIM_GIB} GiB", peak < AIM_GIB)):
+        print(f"aim of {what}: {'met' if met else 'missed'}")
+    print(f"{total / FLOOR_S:.1f} times the floor of {FLOOR_S} s for the diffusion half")
+    return total < 60 * AIM_MIN and peak < AIM_GIB
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cuda", action="store_true")
+    parser.add_argument("--device", default=usual_device())
     parser.add_argument("--width", type=int, help="channels of the UNet's first block; 320 is full size")
     parser.add_argument("--image-size", type=int, help="pixels a side that the diffusion model takes")
-    parser.add_argument("--size", type=int, help="pixels a side in the second phase")
+    parser.add_argument("--size", type=int, help="pixels a side in the last phase")
     parser.add_argument("--samples", type=int, help="a ray")
     parser.add_argument("--log2-entries", type=int, help="of a hashed level")
-    parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--warm-up", type=int, default=1)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--steps", type=int, help="that are run, evenly over the schedule's 10,000")
+    parser.add_argument("--watch", type=int, help="every so many steps the parts are timed, which slows the step")
+    parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
+    device = torch.device(options.device)
+    cuda = device.type == "cuda"
     usual = {
         "width": (320, 32),
         "image_size": (256, 64),
         "size": (256, 64),
         "samples": (512, 48),
         "log2_entries": (19, 15),
-        "steps": (50, 2),
+        "steps": (10_000, 16),
+        "watch": (50, 1),
     }
-    for name, (cuda, cpu) in usual.items():
+    full = cuda and all(getattr(options, name) is None for name in usual)
+    for name, (large, small) in usual.items():
         if getattr(options, name) is None:
-            setattr(options, name, cuda if options.cuda else cpu)
-    device = torch.device("cuda" if options.cuda else "cpu")
+            setattr(options, name, large if cuda else small)
     torch.manual_seed(0)
-    model = random_model(options, device, torch.bfloat16 if options.cuda else torch.float32)
-    if options.compile:
+    model = random_model(options, device, torch.bfloat16 if cuda else torch.float32)
+    compiled = cuda and not options.no_compile  # as distill/generate.py with compile=auto
+    if compiled:
         model.unet.compile()
         model.vae.encoder.compile()
-    what = torch.cuda.get_device_name() if options.cuda else f"{os.cpu_count()} CPUs, {platform.machine()}"
-    print(f"{datetime.date.today()}, {what}, torch {torch.__version__}; UNet of width {options.width} on pictures "
-          f"of {options.image_size} px, rendered in 64 and {options.size}, {options.samples} a ray")  # fmt: skip
-    phase(options, model, 1, 0.2)
-    phase(options, model, 2, 0.7)
+    print(f"{header(device)}; UNet of width {options.width} on pictures of {options.image_size} px, rendered in 64 and "
+          f"{options.size}, {options.samples} a ray, {'compiled' if compiled else 'not compiled'}; {options.steps} of "
+          "10,000 steps", flush=True)  # fmt: skip
+    total = run_through(options, model, device)
+    raise SystemExit(int(not judge(total, device, full and compiled)))
 
 
 if __name__ == "__main__":
