@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from omegaconf import MISSING
 
@@ -142,11 +143,21 @@ class TurntableConfig:
 def joined_words(words: list[str]) -> list[str]:
     """Command-line words with those that are pictures, neither key=value nor an option, put into one override."""
     options = {"-c", "--cfg", "-p", "--package", "-cn", "--config-name", "-cd", "--config-dir", "-cp", "--config-path"}
+    keys = {key.name for key in fields(GenerateConfig)}
+
+    def is_picture(word: str) -> bool:
+        key = word.split("=", maxsplit=1)[0]
+        return "=" not in word or (key.split(".")[0] not in keys and Path(word).is_file())
+
+    def literal(word: str) -> str:
+        """The name of a file that is there is no list of a sweep's values and no formula."""
+        key, _, value = word.partition("=")
+        return f"{key}={quoted(value)}" if key in ("image", "embedding") and Path(value).exists() else word
+
     images = [word for before, word in zip(["", *words], words, strict=False)
-              if "=" not in word and not word.startswith("-") and before not in options]  # fmt: skip
-    if not images:
-        return words
-    return [*(word for word in words if word not in images), f"more_images=[{','.join(map(quoted, images))}]"]
+              if is_picture(word) and not word.startswith("-") and before not in options]  # fmt: skip
+    words = [literal(word) for word in words if word not in images]
+    return [*words, f"more_images=[{','.join(map(quoted, images))}]"] if images else words
 
 
 def quoted(word: str) -> str:
@@ -157,10 +168,11 @@ def quoted(word: str) -> str:
 @dataclass
 class GenerateConfig:
     checkpoint: str = MISSING  # export/ folder of a training run
-    image: str = MISSING  # picture of the object; only its embedding is used.  Or a folder of pictures
+    image: str | None = None  # picture of the object; only its embedding is used.  Or a folder of pictures
     more_images: list[str] = field(default_factory=list)  # further ones: the words without "=" on the command line
+    embedding: str | None = None  # instead of a picture, a file: see models/given_embedding.py
     out: str = MISSING  # folder for the results, with one below it for each of several images; a run there is continued
-    objects_at_once: int = 1  # images that share a batch of the diffusion model: faster where memory permits
+    objects_at_once: int = 1  # images that share a batch of the diffusion model; fewer do where memory runs out
     name: str = "isotropic3d"  # of the pipeline, as its stages have it; W&B shows them together
     wandb: WandbConfig = field(default_factory=lambda: WandbConfig(mode="disabled"))
     steps: int = 10_000  # (released)
@@ -186,6 +198,12 @@ class GenerateConfig:
     field: FieldConfig = field(default_factory=FieldConfig)  # last: it hides dataclasses.field
 
     def __post_init__(self) -> None:
+        pictures = [*([] if self.image is None else [self.image]), *self.more_images]
+        check(bool(pictures) or self.embedding is not None, "image is not set; give image=... (or embedding=...)")
+        check(
+            not pictures or self.embedding is None,
+            f"embedding={self.embedding} stands instead of pictures, and {', '.join(pictures)} is given too; give one",
+        )
         check(self.steps >= 1, f"steps={self.steps} must be at least 1")
         check(self.objects_at_once >= 1, f"objects_at_once={self.objects_at_once} must be at least 1")
         check(

@@ -6,12 +6,10 @@ Shapes: B sets, V views, C latent channels, h w latent size, H W pixels, R = B V
 
 from __future__ import annotations
 
-import signal
+import contextlib
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from distill.config import GenerateConfig
 from distill.field import FieldSamples
 from distill.preview import Preview
 from distill.snapshot import FILE, Run, save_snapshot
+from distill.stopping import StopSignals
 from distill.views import Lighting, random_cameras, random_lighting, random_lights, shade
 from distill.volume import Rendering, render
 from models.autoencoder import encode_images
@@ -34,7 +33,6 @@ from models.multiview import predict_noise_output
 from monitor.monitor import Monitor
 
 LOG_EVERY = 10  # steps
-LEAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # of schedulers, which want the machine
 
 
 @dataclass
@@ -109,11 +107,16 @@ def look(run: Run, model: MultiViewModel, ranges: CameraRanges, config: Generate
 
 @torch.no_grad()
 def wanted_latents(
-    model: MultiViewModel, looks: list[Look], latents: Tensor, contexts: list[Tensor], config: GenerateConfig
+    model: MultiViewModel,
+    looks: list[Look],
+    latents: Tensor,
+    contexts: list[Tensor],
+    config: GenerateConfig,
+    unconditional: list[Tensor] | None = None,
 ) -> Tensor:
     """Where the latents (B, V, C, h, w) of all objects together should go, by what the model makes of noised ones.
 
-    contexts: (1, T, D) of each object.
+    contexts, unconditional: (1, T, D) of each object; zeros stand for no condition where none is given (released).
     """
     scheduler: Any = model.scheduler
     kind, device = scheduler.config.prediction_type, latents.device
@@ -122,7 +125,11 @@ def wanted_latents(
         torch.tensor([getattr(one, name) for one, count in zip(looks, sets, strict=True) for _ in range(count)])
         for name in ("t", "shift")
     )
-    context = torch.cat([one.expand(count, -1, -1) for one, count in zip(contexts, sets, strict=True)])
+    empty = [torch.zeros_like(one) for one in contexts] if unconditional is None else unconditional
+    context, nothing = (
+        torch.cat([one.expand(count, -1, -1) for one, count in zip(each, sets, strict=True)])
+        for each in (contexts, empty)
+    )
     noise = torch.cat([one.noise for one in looks])
     camera = camera_conditioning(torch.cat([one.c2w for one in looks]), model.info.camera).to(latents)
 
@@ -131,7 +138,7 @@ def wanted_latents(
         return alpha_bar, sds.add_noise(latents, noise, alpha_bar)
 
     alpha_bar, noisy = noised(t)
-    inputs, timesteps, conditions = [noisy, noisy], [t, t], [context, torch.zeros_like(context)]
+    inputs, timesteps, conditions = [noisy, noisy], [t, t], [context, nothing]
     if config.guidance.method == "asd":
         later_bar, later = noised(t + shift)
         inputs, timesteps, conditions = [*inputs, later], [*timesteps, t + shift], [*conditions, context]
@@ -143,15 +150,15 @@ def wanted_latents(
         torch.cat([camera] * len(inputs)),
     ).chunk(len(inputs))
     if config.guidance.method == "asd":
-        conditional, unconditional = (sds.predict_noise(noisy, out, alpha_bar, kind) for out in outputs[:2])
-        guided = unconditional + config.guidance.scale * (conditional - unconditional)
+        conditional, free = (sds.predict_noise(noisy, out, alpha_bar, kind) for out in outputs[:2])
+        guided = free + config.guidance.scale * (conditional - free)
         shifted = sds.predict_noise(later, outputs[2], later_bar, kind)
         return sds.asynchronous_target(latents, guided, shifted, alpha_bar)
-    conditional, unconditional = outputs
+    conditional, free = outputs
     return sds.reconstruction_target(
         noisy,
         conditional,
-        unconditional,
+        free,
         alpha_bar,
         prediction_type=kind,
         guidance_scale=config.guidance.scale,
@@ -160,7 +167,12 @@ def wanted_latents(
 
 
 def distillation_losses(
-    runs: list[Run], model: MultiViewModel, contexts: list[Tensor], ranges: CameraRanges, config: GenerateConfig
+    runs: list[Run],
+    model: MultiViewModel,
+    contexts: list[Tensor],
+    ranges: CameraRanges,
+    config: GenerateConfig,
+    unconditional: list[Tensor] | None = None,
 ) -> list[tuple[dict[str, Tensor], dict[str, float]]]:
     """Of each object at its step the weighted losses, and facts.  The diffusion model sees all objects in one batch."""
     # Look at the scenes
@@ -169,7 +181,7 @@ def distillation_losses(
     # Ask the diffusion model what the pictures should have been
     pictures, posterior = (torch.cat([getattr(one, name) for one in looks]) for name in ("pictures", "posterior"))
     latents = encode_images(model.vae, pictures * 2 - 1, noise=posterior).unflatten(0, (-1, model.info.num_views))
-    targets = wanted_latents(model, looks, latents.detach(), contexts, config)
+    targets = wanted_latents(model, looks, latents.detach(), contexts, config, unconditional)
 
     # Pull each towards it, and keep the scenes well behaved
     sets = [len(one.c2w) for one in looks]
@@ -214,31 +226,49 @@ class Scene:
     out: Path  # where its snapshots go
     identity: str
     monitor: Monitor | None = None
-    failed: str = ""  # why it was given up
+    unconditional: Tensor | None = None  # (1, T, D) that stands for no condition; zeros where there is none
+
+    @property
+    def failed(self) -> str:
+        """Why it was given up."""
+        return self.run.failed
 
     def save(self) -> None:
-        save_snapshot(self.out / FILE, self.run, self.identity)
+        """A disk that is full now may have room at the next snapshot, and the steps until then are not lost."""
+        try:
+            save_snapshot(self.out / FILE, self.run, self.identity)
+        except UserError as error:
+            print(f"warning: no snapshot of step {self.run.step}: {error}", file=sys.stderr, flush=True)
 
 
 def distil_together(
-    scenes: list[Scene], model: MultiViewModel, config: GenerateConfig, preview: Preview | None = None
+    scenes: list[Scene],
+    model: MultiViewModel,
+    config: GenerateConfig,
+    preview: Preview | None = None,
+    stop: StopSignals | None = None,
 ) -> int:
     """Runs the steps that each object lacks.  Returns the signal that cut them short, or 0.
 
     An object whose loss is no number any more is given up, with a snapshot of its last sound step; the others go on.
+    Where the GPU's memory is too small for all in one batch, they go in smaller ones.
     """
     ranges = camera_ranges(config, model.info)
-    start = min(scene.run.step for scene in scenes)
-    with StopSignals() as stop, Progress("distil", config.steps, "step", start=start) as progress:
+    start, at_once = min(scene.run.step for scene in scenes), len(scenes)
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(StopSignals())
+        stack.enter_context(stop.patiently())
+        progress = stack.enter_context(Progress("distil", config.steps, "step", start=start))
         while not stop.signal:
             going = [scene for scene in scenes if not scene.failed and scene.run.step < config.steps]
             if not going:
                 break
-            step_together(going, model, ranges, config)
-            last = [scene.run.losses[-1] for scene in going if not scene.failed]
-            if last:
+            at_once = step_within_memory(going, model, ranges, config, at_once)
+            sound = [scene.run for scene in going if not scene.failed and scene.run.losses]
+            if sound:
+                last = [run.losses[-1] for run in sound]
                 means = {name: sum(one[name] for one in last) / len(last) for name in ("loss", "opacity")}
-                progress.update(min(scene.run.step for scene in going if not scene.failed) - progress.done,
+                progress.update(min(run.step for run in sound) - progress.done,
                                 loss=f"{means['loss']:.3g}", opacity=f"{means['opacity']:.3f}")  # fmt: skip
             if preview is not None:
                 preview.show({scene.out.name: scene.run for scene in scenes})
@@ -250,6 +280,35 @@ def distil_together(
     return stop.signal
 
 
+def step_within_memory(
+    scenes: list[Scene], model: MultiViewModel, ranges: CameraRanges, config: GenerateConfig, at_once: int
+) -> int:
+    """One step of each, at most `at_once` in a batch.  Returns how many will do: half as many where memory ran out.
+
+    A batch that ran out is tried again by the next call; objects may be a step apart.  One that does not fit alone is
+    given up.
+    """
+    for group in (scenes[first : first + at_once] for first in range(0, len(scenes), at_once)):
+        try:
+            step_together(group, model, ranges, config)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        else:
+            continue
+        for scene in group:  # outside of the except block, whose traceback holds the step's tensors
+            scene.run.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        if len(group) > 1:
+            print(f"note: {len(group)} objects at once need too much memory; {len(group) // 2} from now on", flush=True)
+            return len(group) // 2
+        group[0].run.failed = (
+            f"step {group[0].run.step}: the GPU's memory does not suffice ({reason}); give the same command again "
+            "where nothing else uses the GPU or with a lower volume.samples_at_once, or begin anew with lower "
+            "schedule.resolutions or schedule.sets"
+        )
+    return at_once
+
+
 def step_together(scenes: list[Scene], model: MultiViewModel, ranges: CameraRanges, config: GenerateConfig) -> None:
     """One step of each object's optimizer."""
     for run in (scene.run for scene in scenes):  # where is there anything to see
@@ -257,7 +316,8 @@ def step_together(scenes: list[Scene], model: MultiViewModel, ranges: CameraRang
             torch.manual_seed((config.seed + 1) * 1_000_003 + run.step)
             run.occupancy.update(run.field.density)
     contexts = [scene.context for scene in scenes]
-    found = distillation_losses([scene.run for scene in scenes], model, contexts, ranges, config)
+    empty = [torch.zeros_like(one.context) if one.unconditional is None else one.unconditional for one in scenes]
+    found = distillation_losses([scene.run for scene in scenes], model, contexts, ranges, config, empty)
     totals = [torch.stack(list(losses.values())).sum() for losses, _ in found]
     for scene in scenes:
         scene.run.optimizer.zero_grad()
@@ -267,7 +327,7 @@ def step_together(scenes: list[Scene], model: MultiViewModel, ranges: CameraRang
         try:
             require_finite(run, losses)
         except UserError as error:
-            scene.failed = str(error)
+            run.failed = str(error)
             continue
         run.optimizer.step()
         run.losses.append({"step": run.step, "loss": total.item(), **{k: v.item() for k, v in losses.items()}, **facts})
@@ -286,28 +346,6 @@ def require_finite(run: Run, losses: dict[str, Tensor]) -> None:
     ]
     if bad:
         raise UserError(
-            f"step {run.step}: {', '.join(bad)} is not finite; lower guidance.scale or optimizer.lr_grid, or set "
-            "dtype=float32; the last snapshot is sound"
+            f"step {run.step}: {', '.join(bad)} is not finite; give the same command again with a lower guidance.scale "
+            "or optimizer.lr_grid or with dtype=float32, and it goes on from its last sound step"
         )
-
-
-class StopSignals:
-    """The first Ctrl-C or one of LEAVE asks the loop to end after its step; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, *LEAVE)}
-        return self
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
-        print(f"signal {number}: ending after this step; a second Ctrl-C stops at once", file=sys.stderr, flush=True)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

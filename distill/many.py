@@ -1,44 +1,48 @@
 """Many images to meshes: groups of them wait in a queue, and each device takes one after the other.
 
-A group is this very command for its images alone, in a process of its own: one that crashes or runs out of memory costs
-its own images, and what is finished is not made again.
+A group is a process of its own (distill/group.py): one that crashes or runs out of memory costs its own images, and
+what is finished is not made again.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from data.files import UserError
+from data.files import UserError, read_json, write_json
 from data.processes import REQUEUE, die_with_parent
-from distill.config import GenerateConfig, quoted
+from distill.config import GenerateConfig
 from distill.page import write_page
+from distill.snapshot import is_made
+from distill.stopping import LEAVE
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+AGAIN = "give the same command again"
 
 
 def generate(config: GenerateConfig) -> None:
     """SystemExit with 1 when some images have no mesh, REQUEUE when asked to leave the machine."""
-    jobs = jobs_of(config)
-    if len(jobs) <= config.objects_at_once:
+    jobs, devices = jobs_of(config), devices_of(config)
+    at_once = min(config.objects_at_once, -(-len(jobs) // len(devices)))  # no device is idle while another has several
+    if len(jobs) <= at_once:
         from distill.image_to_mesh import images_to_meshes
 
         failed = images_to_meshes(jobs)
     else:
-        failed = Queue(config, jobs).work()
+        failed = Queue(jobs, devices, at_once).work()
     if len(jobs) > 1:
         made = [Path(job.out) for job in jobs if job.out not in failed]
-        if made and not os.environ.get(GROUP):
+        if made:
             write_page(Path(config.out) / "report.html", made)
             print(f"{len(made)} of {len(jobs)} images have a mesh: {Path(config.out) / 'report.html'}", flush=True)
     if failed:
@@ -47,19 +51,18 @@ def generate(config: GenerateConfig) -> None:
         raise SystemExit(1)
 
 
-GROUP = "ISOTROPIC3D_GROUP"  # set in the process of a group, which leaves the common page to the one that started it
-
-
 def jobs_of(config: GenerateConfig) -> list[GenerateConfig]:
     """One configuration an image.  UserError when two would write to one folder, or a folder has no picture."""
-    first = Path(config.image)
-    images = [first, *map(Path, config.more_images)]
-    if first.is_dir():
-        images[:1] = sorted(path for path in first.iterdir() if path.suffix.lower() in SUFFIXES)
+    images = [Path(name) for name in (config.image, *config.more_images) if name is not None]
+    if not images:
+        return [config]  # of an embedding
+    if images[0].is_dir():
+        folder = images[0]
+        images[:1] = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
         if not images:
-            raise UserError(f"image={first} is a folder without pictures ({', '.join(SUFFIXES)})")
+            raise UserError(f"image={folder} is a folder without pictures ({', '.join(SUFFIXES)})")
     elif len(images) == 1:
-        return [config]
+        return [replace(config, image=str(images[0]), more_images=[])]
     twice = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
     if twice:
         raise UserError(f"image: {twice[0]} is the name of two pictures, and each wants out/{twice[0]}; rename one")
@@ -73,21 +76,21 @@ def devices_of(config: GenerateConfig) -> list[str]:
 
 
 class Queue:
-    def __init__(self, config: GenerateConfig, jobs: list[GenerateConfig]):
-        self.config, self.jobs, self.devices = config, jobs, devices_of(config)
+    def __init__(self, jobs: list[GenerateConfig], devices: list[str], at_once: int):
+        self.jobs, self.devices = jobs, devices
         self.waiting: queue.SimpleQueue[list[GenerateConfig]] = queue.SimpleQueue()
-        for start in range(0, len(jobs), config.objects_at_once):
-            self.waiting.put(jobs[start : start + config.objects_at_once])
+        for start in range(0, len(jobs), at_once):
+            self.waiting.put(jobs[start : start + at_once])
         self.failed: dict[str, str] = {}
-        self.done, self.began = 0, time.monotonic()
+        self.answered: set[str] = set()  # out of those whose groups have ended
+        self.began = time.monotonic()
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.signal = 0
         self.lock = threading.Lock()
 
     def work(self) -> dict[str, str]:
         """Why some have no mesh: {out: words}."""
-        former = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1,
-                                                                         signal.SIGUSR2)}  # fmt: skip
+        former = {number: signal.signal(number, self.note) for number in (signal.SIGINT, *LEAVE)}
         try:
             threads = [threading.Thread(target=self.serve, args=(device,)) for device in self.devices]
             for thread in threads:
@@ -98,11 +101,11 @@ class Queue:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
-        if self.signal not in (0, signal.SIGINT):
+        if self.signal in LEAVE:
             raise SystemExit(REQUEUE)
         for job in self.jobs:
-            if self.signal and not (Path(job.out) / "result.json").is_file():
-                self.failed.setdefault(job.out, "stopped before its turn; give the same command again")
+            if job.out not in self.answered and not is_made(job):
+                self.failed[job.out] = f"stopped before its turn; {AGAIN}"
         return self.failed
 
     def note(self, number: int, frame: object) -> None:
@@ -119,28 +122,40 @@ class Queue:
                 group = self.waiting.get_nowait()
             except queue.Empty:
                 return
-            status = self.run(group, device)
+            with tempfile.TemporaryDirectory() as folder:
+                answer = Path(folder, "answer.json")
+                status = self.run(group, device, Path(folder, "asked.json"), answer)
+                failed = why_failed(group, status, answer)
             with self.lock:
-                self.account(group, status)
+                self.account(group, failed)
 
-    def run(self, group: list[GenerateConfig], device: str) -> int:
-        first, *more = (str(Path(job.image)) for job in group)
-        out = Path(self.config.out) if more else Path(group[0].out)
-        words = [word for word in sys.argv[1:] if word.split("=")[0] not in ("image", "more_images", "out", "device")]
-        command = [sys.executable, str(Path(__file__).with_name("generate.py")), *words,
-                   f"image={quoted(first)}", f"more_images=[{','.join(map(quoted, more))}]", f"out={quoted(str(out))}",
-                   f"device={device}"]  # fmt: skip
-        process = subprocess.Popen(command, env=os.environ | {GROUP: "1"}, preexec_fn=die_with_parent)  # noqa: PLW1509
+    def run(self, group: list[GenerateConfig], device: str, asked: Path, answer: Path) -> int:
+        write_json(asked, [asdict(replace(job, device=device)) for job in group])
+        command = [sys.executable, str(Path(__file__).with_name("group.py")), str(asked), str(answer)]
+        process = subprocess.Popen(command, preexec_fn=die_with_parent)  # noqa: PLW1509
         self.running[device] = process
+        if self.signal in LEAVE:  # which came between the last look at it and the start
+            process.send_signal(self.signal)
         return process.wait()
 
-    def account(self, group: list[GenerateConfig], status: int) -> None:
-        for job in group:
-            self.done += 1
-            whole = (Path(job.out) / "result.json").is_file() and (Path(job.out) / "mesh.glb").is_file()
-            if status != 0 and not whole and status != REQUEUE:
-                how = f"signal {-status}" if status < 0 else f"status {status}"
-                self.failed[job.out] = f"its process ended with {how}; its words are above"
-        spent = time.monotonic() - self.began
-        left = spent / self.done * (len(self.jobs) - self.done)
-        print(f"[{self.done}/{len(self.jobs)}] images; ETA {int(left) // 60}:{int(left) % 60:02d}", flush=True)
+    def account(self, group: list[GenerateConfig], failed: dict[str, str]) -> None:
+        self.failed |= failed
+        self.answered |= {job.out for job in group}
+        done = len(self.answered)
+        left = (time.monotonic() - self.began) / done * (len(self.jobs) - done)
+        print(f"[{done}/{len(self.jobs)}] images; ETA {int(left) // 60}:{int(left) % 60:02d}", flush=True)
+
+
+def why_failed(group: list[GenerateConfig], status: int, answer: Path) -> dict[str, str]:
+    """{out: words}: the group's own, or, of one that ended without an answer, of each that is not finished."""
+    if answer.is_file():
+        failed: dict[str, str] = read_json(answer, "group")
+        return failed
+    if status == REQUEUE:
+        words = f"was asked to leave the machine, and has saved its snapshot; {AGAIN}"
+    elif status in (-signal.SIGINT, 128 + signal.SIGINT):
+        words = f"interrupted; {AGAIN}"
+    else:
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        words = f"its process ended with {how}; its words are above"
+    return {job.out: words for job in group if not is_made(job)}

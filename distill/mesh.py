@@ -143,7 +143,9 @@ def extract_mesh(field: Field, occupancy: OccupancyGrid, config: MeshConfig) -> 
     found = isosurface(density, level, occupancy.bound)
     whole = drop_floaters(*found, config.keep_share)
     if not len(whole[1]):
-        raise UserError("no body is left of the field's surface, only hollows; try another mesh.resolution, or more steps")
+        raise UserError(
+            "no body is left of the field's surface, only hollows; try another mesh.resolution, or more steps"
+        )
     vertices, triangles = decimated(*whole, config.faces, config.keep_share)
     mesh = trimesh.Trimesh(vertices, triangles, process=False)
     if config.watertight and not mesh.is_watertight:

@@ -5,6 +5,7 @@ Browsers of this machine alone reach it; from another, `ssh -L 8080:localhost:80
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -47,9 +48,20 @@ class Preview:
         self.about = self.server.gui.add_markdown("")
         self.sent: dict[int, tuple[bytes, float]] = {}  # of each browser: what it was last shown, and when
         self.next = 0.0
+        self.broken = False
         print(f"preview: http://localhost:{self.server.get_port()}", flush=True)
 
     def show(self, runs: dict[str, Run]) -> None:
+        """`draw_all`, of which no failure (a browser's, the GPU's memory's) is worth the optimisation."""
+        if self.broken:
+            return
+        try:
+            self.draw_all(runs)
+        except Exception as error:
+            self.broken = True
+            print(f"warning: no preview any more ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+
+    def draw_all(self, runs: dict[str, Run]) -> None:
         """Draws for each browser what it looks at, where that moved or is stale, within SHARE of the time."""
         began = time.monotonic()
         run = runs.get(self.which.value)

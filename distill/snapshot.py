@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,18 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data.files import UserError, atomic_file, content_mark
+from data.files import UserError, atomic_file, content_mark, read_json
 from distill.backend import choose_backend
 from distill.config import GenerateConfig
 from distill.field import Field
+from distill.hashgrid import grid_layout
 from distill.volume import OccupancyGrid
 
 FILE = "snapshot/latest.safetensors"
 FREE_TO_CHANGE = (
     "checkpoint",
     "image",
+    "embedding",
     "more_images",
     "objects_at_once",
     "compile",
@@ -36,7 +38,9 @@ FREE_TO_CHANGE = (
     "snapshot_every",
     "mesh",
     "turntable",
+    "volume.samples_at_once",
 )
+REMEDIES = ("dtype", "guidance.scale", "optimizer.lr_grid", "optimizer.lr_network")  # free for a run that was given up
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     step: int = 0
     losses: list[dict[str, float]] = field(default_factory=list)  # one entry a step
+    chosen: dict[str, Any] = field(default_factory=dict)  # the values of REMEDIES
+    failed: str = ""  # why it was given up
 
 
 def new_run(config: GenerateConfig, device: str | torch.device) -> Run:
@@ -62,17 +68,59 @@ def new_run(config: GenerateConfig, device: str | torch.device) -> Run:
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
     )
-    return Run(scene, OccupancyGrid(config.field.bound, config.volume, device, backend), optimizer)
+    occupancy = OccupancyGrid(config.field.bound, config.volume, device, backend)
+    return Run(scene, occupancy, optimizer, chosen=chosen(config))
+
+
+def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by the names that the command line gives them."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def chosen(config: GenerateConfig) -> dict[str, Any]:
+    return {key: value for key, value in dotted(dataclasses.asdict(config)).items() if key in REMEDIES}
+
+
+def snapshot_mb(config: GenerateConfig) -> int:
+    """Of the table and its two running means in AdamW; the rest is small."""
+    field = config.field
+    layout = grid_layout(field.levels, field.features, field.log2_entries, field.base_resolution, field.max_resolution)
+    return -(-layout.rows * field.features * 4 * 3 // 2**20)
 
 
 def identity(config: GenerateConfig, checkpoint: Path, image: Path) -> str:
-    """A hash of what the result depends on: settings, the checkpoint (its descriptions and sizes), the picture."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
+    """A hash of what the field depends on, but for REMEDIES: settings, the checkpoint (its descriptions and sizes), the
+    picture or embedding.
+    """
+    free = tuple(f"{key}." for key in FREE_TO_CHANGE + REMEDIES)
+    settings = {k: v for k, v in dotted(dataclasses.asdict(config)).items() if not f"{k}.".startswith(free)}
     files = sorted([*checkpoint.rglob("*.safetensors"), *checkpoint.rglob("*config.json")])
     weights = [(p.relative_to(checkpoint).as_posix(), content_mark(p)) for p in files]
     info = (checkpoint / "isotropic3d.json").read_text()
     picture = hashlib.sha256(image.read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps([settings, weights, info, picture], sort_keys=True).encode()).hexdigest()
+
+
+def mark_of(config: GenerateConfig) -> str:
+    return identity(config, Path(config.checkpoint), Path(str(config.image or config.embedding)))
+
+
+def made_of(config: GenerateConfig, mark: str) -> str:
+    """A hash of all that the mesh and the pictures of it depend on.  mark: `mark_of(config)`."""
+    return hashlib.sha256(f"{mark} {chosen(config)} {config.mesh} {config.turntable}".encode()).hexdigest()
+
+
+def is_made(config: GenerateConfig, mark: str | None = None) -> bool:
+    """Whether `out` holds the finished result of exactly this."""
+    out = Path(config.out)
+    parts = out / "result.json", out / "mesh.glb", Path(str(config.image or config.embedding))
+    if not all(part.is_file() for part in parts):
+        return False
+    found = read_json(out / "result.json", "result")
+    return isinstance(found, dict) and found.get("made_of") == made_of(config, mark or mark_of(config))
 
 
 def save_snapshot(path: Path, run: Run, identity: str) -> None:
@@ -81,7 +129,9 @@ def save_snapshot(path: Path, run: Run, identity: str) -> None:
     tensors["occupancy.hidden"] = torch.tensor(run.occupancy.hidden, dtype=torch.float64)
     for index, state in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-    content = {"identity": identity, "step": run.step, "losses": run.losses}
+    content = {
+        "identity": identity, "step": run.step, "losses": run.losses, "chosen": run.chosen, "failed": run.failed,
+    }  # fmt: skip
     with atomic_file(path) as temporary:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"run": json.dumps(content)})
 
@@ -99,6 +149,12 @@ def load_snapshot(path: Path, run: Run, identity: str) -> bool:
         raise UserError(f"{path} is not a snapshot that can be read ({error}); {remedy}") from None
     if content.get("identity") != identity:
         raise UserError(f"{path} belongs to another checkpoint, image or configuration; {remedy}")
+    before = content.get("chosen", run.chosen)
+    changed = ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in run.chosen.items() if v != before.get(k))
+    if changed and not content.get("failed"):
+        raise UserError(f"{path} belongs to another configuration, but for {changed}; {remedy}")
+    if changed:
+        print(f"note: {path}: goes on from step {content['step']} with {changed}", flush=True)
     run.field.load_state_dict({k.removeprefix("field."): v for k, v in tensors.items() if k.startswith("field.")})
     run.occupancy.density = tensors["occupancy.density"]
     run.occupancy.hidden, run.occupancy.fresh = float(tensors["occupancy.hidden"]), False
@@ -108,24 +164,30 @@ def load_snapshot(path: Path, run: Run, identity: str) -> bool:
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".")
-            optimizer["state"].setdefault(int(index), {})[name] = value
+            # AdamW counts its steps on the CPU; read from CUDA, each step would wait for the device.
+            optimizer["state"].setdefault(int(index), {})[name] = value.cpu() if name == "step" else value
     run.optimizer.load_state_dict(optimizer)
     run.step, run.losses = content["step"], content["losses"]
     return True
 
 
+def config_from(values: Any) -> GenerateConfig:
+    """The checked configuration of a mapping, such as `asdict` makes of one."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GenerateConfig), values))
+    assert isinstance(config, GenerateConfig)
+    return config
+
+
 def load_result(out: Path) -> tuple[Run, GenerateConfig]:
     """The newest state of the distillation in folder `out`, with its configuration, on the CPU.
 
-    UserError when `out` holds none.
+    Whatever rendered it, here plain torch does.  UserError when `out` holds none.
     """
     path = out / FILE
     if not path.is_file() or not (out / "config.yaml").is_file():
         raise UserError(f"{out} holds no distillation: {path} or config.yaml is missing; run distill/generate.py first")
-    merged = OmegaConf.merge(OmegaConf.structured(GenerateConfig), OmegaConf.load(out / "config.yaml"))
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, GenerateConfig)
-    run = new_run(config, "cpu")
+    config = config_from(OmegaConf.load(out / "config.yaml"))
+    run = new_run(replace(config, backend="torch"), "cpu")
     with safe_open(path, framework="pt") as file:
         mark = json.loads(file.metadata()["run"])["identity"]
     load_snapshot(path, run, mark)
