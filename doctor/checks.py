@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -96,12 +97,16 @@ def torch_and_gpus(config: DoctorConfig) -> Iterator[Row]:
 
 def deepspeed(config: DoctorConfig) -> Iterator[Row]:
     """In a process of its own: DeepSpeed chooses its accelerator when it is imported."""
-    words = [sys.executable, "-c", "import deepspeed; print(deepspeed.__version__)"]
-    version = output_of(words, 6 * config.timeout_s, DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"))
+    import torch
+
+    code = "import deepspeed; print(deepspeed.__version__, 'for', deepspeed.get_accelerator().device_name())"
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    environment = {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", usual)}
+    version = output_of([sys.executable, "-c", code], 6 * config.timeout_s, **environment)
     if version is None:
         yield Row("DeepSpeed", MISSING, "it cannot be imported", "python -c 'import deepspeed' says why")
         return
-    yield Row("DeepSpeed", OK, version.splitlines()[-1])
+    yield Row("DeepSpeed", OK, f"{version.splitlines()[-1]}: imported; tryrun=true of a training command runs it")
     headers = Path(sysconfig.get_path("include"), "Python.h")
     lacking = [name for name in ("ninja", "g++") if program(name) is None]
     lacking += [] if headers.is_file() else ["Python.h"]
@@ -147,7 +152,7 @@ def slurm(config: DoctorConfig) -> Iterator[Row]:
 def wandb(config: DoctorConfig) -> Iterator[Row]:
     there = has_key()
     remedy = "wandb login; offline runs are written without it, and sent by wandb sync"
-    yield Row("W&B login", OK if there else WARNING, "a key is there" if there else "none", remedy)
+    yield Row("W&B login", OK if there else WARNING, "a key is there, not tried" if there else "none", remedy)
 
 
 def disk(config: DoctorConfig) -> Iterator[Row]:
@@ -188,17 +193,17 @@ def hub(config: DoctorConfig) -> Iterator[Row]:
 
 def clip(config: DoctorConfig) -> Iterator[Row]:
     from models.config import ImageEncoderConfig
-    from models.image_encoder import in_cache
+    from models.image_encoder import cached_weights
 
     encoder = ImageEncoderConfig()
-    there = in_cache(encoder)
+    path = cached_weights(encoder)
     remedy = "it is fetched at the first start; README, section 2, for nodes without a network"
-    found = "in the cache" if there else "not in the cache"
-    yield Row(f"open_clip {encoder.arch}", OK if there else WARNING, found, remedy)
+    found = f"in the cache, {mark(path, config)}" if path is not None else "not in the cache"
+    yield Row(f"open_clip {encoder.arch}", OK if path is not None else WARNING, found, remedy)
 
 
 def weights(config: DoctorConfig) -> Iterator[Row]:
-    """Folders of this project's kind, and .ckpt and .pt files to convert: there, whole, and their hashes."""
+    """Folders of this project's kind, and .ckpt and .pt files to convert: there, whole, and what tells them apart."""
     given = config.weights
     places = [Path(p) for p in given] if given is not None else sorted(Path("weights").glob("*"))
     if not places:
@@ -206,15 +211,22 @@ def weights(config: DoctorConfig) -> Iterator[Row]:
         yield Row("weights", WARNING, "none in weights/", remedy)
     for place in places:
         if place.is_file():
-            yield Row(f"weights {place}", OK, f"{place.stat().st_size / GIB:.2f} GiB, {content_mark(place)}")
+            yield Row(f"weights {place}", OK, f"{place.stat().st_size / GIB:.2f} GiB, {mark(place, config)}")
             continue
         try:
-            yield Row(f"weights {place}", OK, described(place))
+            yield Row(f"weights {place}", OK, described(place, config))
         except UserError as error:
             yield Row(f"weights {place}", MISSING, str(error), "convert or copy it again")
 
 
-def described(folder: Path) -> str:
+def mark(path: Path, config: DoctorConfig) -> str:
+    if not config.sha256:
+        return f"mark {content_mark(path)[:16]}"
+    with open(path, "rb") as file:
+        return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def described(folder: Path, config: DoctorConfig) -> str:
     """What an export folder holds; UserError when it is not whole."""
     from safetensors import SafetensorError, safe_open
 
@@ -228,7 +240,7 @@ def described(folder: Path) -> str:
                 count = len(file.keys())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged ({error})") from None
-        marks.append(f"{path.parent.name} {count} tensors {content_mark(path)[:16]}")
+        marks.append(f"{path.parent.name} {count} tensors {mark(path, config)}")
     if not any(mark.startswith("unet ") for mark in marks):
         raise UserError(f"{folder}/unet has no safetensors file")
     return f"stage {info.stage}, step {info.step}: {', '.join(marks)}"

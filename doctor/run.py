@@ -1,5 +1,7 @@
 """What this machine has and lacks: `python doctor/run.py [json=true] [out=/where/runs/go] [weights=[weights/mvdream]]`.
 
+`sha256=true` reads the weights wholly; else their marks tell files apart by size and samples.
+
 Each line is ok, a warning (works with less) or missing, with the remedy.  Ends with 1 where something is missing.
 """
 

@@ -209,13 +209,18 @@ def build_image_encoder(config: ImageEncoderConfig) -> ClipImageEncoder:
         raise UserError(f"model.image_encoder.arch={config.arch}: {error}") from None
 
 
-def in_cache(config: ImageEncoderConfig) -> bool:
-    """Whether open_clip's weights have been fetched from the hub before."""
+def cached_weights(config: ImageEncoderConfig) -> Path | None:
+    """open_clip's weights, where they have been fetched from the hub before."""
     from huggingface_hub import try_to_load_from_cache
 
     repository = open_clip.get_pretrained_cfg(config.arch, config.pretrained).get("hf_hub", "").rstrip("/")
     names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    return bool(repository) and any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
+    found = [try_to_load_from_cache(repository, name) for name in names] if repository else []
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def in_cache(config: ImageEncoderConfig) -> bool:
+    return cached_weights(config) is not None
 
 
 def load_image_encoder(config: ImageEncoderConfig, seed: int = 0) -> ClipImageEncoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -66,6 +67,8 @@ def test_weights(tmp_path, monkeypatch) -> None:
     (tmp_path / "weights" / "model.pt").write_bytes(b"0" * 100)
     found = one(checks.weights(DoctorConfig()))
     assert found["weights weights/mine"].state == MISSING and found["weights weights/model.pt"].state == OK
+    whole = one(checks.weights(DoctorConfig(sha256=True)))["weights weights/model.pt"].found
+    assert f"sha256 {hashlib.sha256(b'0' * 100).hexdigest()}" in whole, "as sha256sum says"
 
 
 def test_a_check_that_fails_is_a_row(monkeypatch) -> None:
@@ -79,7 +82,7 @@ def test_a_check_that_fails_is_a_row(monkeypatch) -> None:
 
 def test_an_export_folder(tiny_export: Path) -> None:
     (row,) = checks.weights(DoctorConfig(weights=[str(tiny_export)]))
-    assert row.state == OK and "stage " in row.found and "unet " in row.found
+    assert row.state == OK and "stage " in row.found and "unet " in row.found and " tensors mark " in row.found
     path = next((tiny_export / "unet").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:1000])
     (row,) = checks.weights(DoctorConfig(weights=[str(tiny_export)]))
