@@ -17,11 +17,11 @@ from tiny_model import TINY, command, config
 
 from conf.cli import ConfigError
 from data.files import UserError, read_json
-from distill.config import GuidanceConfig, ScheduleConfig
+from distill.config import GenerateConfig, GuidanceConfig, ScheduleConfig
 from distill.distillation import camera_ranges, distil, require_finite
 from distill.generate import main
 from distill.mesh import load_glb
-from distill.snapshot import FILE, identity, load_snapshot, new_run, save_snapshot
+from distill.snapshot import FILE, identity, load_snapshot, made_of, new_run, save_snapshot, snapshot_mb
 from distill.turntable import render_views, ring
 from distill.volume import OccupancyGrid, VolumeConfig
 from models.checkpoint import load_export
@@ -51,16 +51,6 @@ def test_a_killed_run_continues_with_the_same_losses(checkpoint: Path, tmp_path:
     assert again.losses == whole.losses and len(whole.losses) == 8
     assert all(torch.equal(a, b) for a, b in zip(again.field.parameters(), whole.field.parameters(), strict=True))
     assert {loss["resolution"] for loss in whole.losses} == {12, 16}
-
-
-def test_no_reference_pixel_reaches_the_loss(checkpoint: Path, tmp_path: Path) -> None:
-    """The picture enters as one embedding: the same embedding gives the same losses, whatever the picture."""
-    model, first, second = load_export(checkpoint), config(tmp_path, 1), config(tmp_path, 1)
-    first.image, second.image = "one.png", "another.png"
-    runs = [new_run(c, "cpu") for c in (first, second)]
-    for run, c in zip(runs, (first, second), strict=True):
-        distil(run, model, torch.ones(1, 1, 24), c, "x")
-    assert runs[0].losses == runs[1].losses
 
 
 def test_first_interrupt_ends_the_loop_with_a_snapshot(checkpoint: Path, tmp_path: Path) -> None:
@@ -98,9 +88,26 @@ def test_foreign_and_damaged_snapshots_are_refused(tmp_path: Path) -> None:
 def test_identity_covers_what_matters(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
     base = identity(config(tmp_path), checkpoint, picture)
     moved = config(tmp_path / "elsewhere")
-    moved.mesh.resolution = 64
+    moved.mesh.resolution, moved.volume.samples_at_once, moved.embedding = 64, 2048, "e.safetensors"
+    moved.guidance.scale, moved.dtype = 3.0, "float32"  # what may answer a NaN is compared by itself
     assert identity(moved, checkpoint, picture) == base
     assert identity(config(tmp_path, 9), checkpoint, picture) != base
+    moved.volume.samples_per_ray = 64
+    assert identity(moved, checkpoint, picture) != base
+    moved.checkpoint, moved.image = str(checkpoint), str(picture)
+    assert made_of(moved, base) != made_of(config(tmp_path), base)
+
+
+def test_the_space_that_a_snapshot_wants(tmp_path: Path) -> None:
+    assert snapshot_mb(config(tmp_path)) == 1
+    assert 100 < snapshot_mb(GenerateConfig(checkpoint="c", image="i", out="o")) < 200  # the released field
+
+
+def test_a_picture_or_an_embedding_but_not_both() -> None:
+    with pytest.raises(ConfigError, match="image is not set; give image="):
+        GenerateConfig(checkpoint="c", out="o")
+    with pytest.raises(ConfigError, match=r"embedding=e stands instead of pictures, and a\.png"):
+        GenerateConfig(checkpoint="c", out="o", embedding="e", more_images=["a.png"])
 
 
 def test_cameras_come_from_the_checkpoint_unless_chosen(checkpoint: Path, tmp_path: Path) -> None:
@@ -138,6 +145,31 @@ def test_command_survives_a_kill_and_writes_everything(checkpoint: Path, picture
     assert (out / "turntable.mp4").stat().st_size > 0 and Image.open(out / "views.png").size == (64, 64)
     assert "steps: 60" in (out / "config.yaml").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]  # nothing of Hydra's beside it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_once_makes_a_mesh_and_twice_stops(checkpoint: Path, picture: Path, tmp_path: Path, times: int) -> None:
+    out = tmp_path / "out"
+    full = command(f"checkpoint={checkpoint}", f"image={picture}", f"out={out}", "steps=100000", "snapshot_every=2",
+                   *TINY, "mesh.resolution=200")  # fmt: skip
+    process = subprocess.Popen(full, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while not (out / FILE).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.stderr is not None
+    os.kill(process.pid, signal.SIGINT)
+    if times == 2:
+        while b"a second Ctrl-C stops at once" not in process.stderr.readline():
+            assert process.poll() is None
+        os.kill(process.pid, signal.SIGINT)
+    process.stderr.read()
+    if times == 1:
+        assert process.wait(timeout=300) == 0
+        result = read_json(out / "result.json", "result")
+        assert 0 < result["steps"] < 100000 and result["made_of"] is None and (out / "report.html").is_file()
+    else:
+        assert process.wait(timeout=300) != 0 and not (out / "mesh.glb").exists()
 
 
 @pytest.mark.parametrize(

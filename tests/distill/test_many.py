@@ -6,21 +6,29 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from analytic_scenes import Ball
 from PIL import Image
 from tiny_model import TINY, command, config
 
 from data.files import UserError
-from distill.config import GenerateConfig, joined_words
+from distill import sds
+from distill.config import GenerateConfig, MeshConfig, TurntableConfig, joined_words
 from distill.distillation import Scene, camera_ranges, distil, distil_together, step_together
+from distill.field import FieldSamples
 from distill.isotropy import isotropy
-from distill.many import jobs_of
-from distill.snapshot import FILE, load_snapshot, new_run
+from distill.many import Queue, generate, jobs_of, why_failed
+from distill.snapshot import FILE, is_made, load_snapshot, made_of, mark_of, new_run
+from distill.turntable import render_views, ring
+from models.autoencoder import encode_images
 from models.checkpoint import load_export
 
 
@@ -76,6 +84,17 @@ def test_words_that_are_pictures() -> None:
     assert words == ["image=a.png", "--cfg", "job", "out=x", "more_images=['b c.png','it\\'s.png']"]
 
 
+def test_names_of_files_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture may be called as an override looks, or as a sweep does."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a=b.png", "c,d.png", "image=e.png"):
+        Path(name).write_text("")
+    words = joined_words(["image=c,d.png", "a=b.png", "image=e.png", "out=x", "c=d.png"])
+    assert words == ["image='c,d.png'", "image=e.png", "out=x", "c=d.png", "more_images=['a=b.png']"]
+    assert joined_words(["image=a=b.png"]) == ["image='a=b.png'"]
+    assert joined_words(["image=a.png,b.png", "-m"]) == ["image=a.png,b.png", "-m"], "a sweep"
+
+
 def test_which_images_go_where(pictures: list[Path], tmp_path: Path) -> None:
     folder = pictures[0].parent
     (folder / "notes.txt").write_text("no picture")
@@ -88,9 +107,86 @@ def test_which_images_go_where(pictures: list[Path], tmp_path: Path) -> None:
     same = GenerateConfig(checkpoint="c", image="a/one.png", more_images=["b/one.jpg"], out="meshes")
     with pytest.raises(UserError, match="one is the name of two pictures"):
         jobs_of(same)
+    words_alone = GenerateConfig(checkpoint="c", more_images=["a/one.png"], out="mesh")
+    assert [(job.image, job.more_images, job.out) for job in jobs_of(words_alone)] == [("a/one.png", [], "mesh")]
+    given = GenerateConfig(checkpoint="c", embedding="e.safetensors", out="mesh")
+    assert jobs_of(given) == [given]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="is a folder without pictures"):
         jobs_of(GenerateConfig(checkpoint="c", image=str(tmp_path / "empty"), out="meshes"))
+
+
+def old_result(job: GenerateConfig) -> None:
+    """Of other settings."""
+    Path(job.out).mkdir(parents=True)
+    (Path(job.out) / "mesh.glb").write_bytes(b"glTF")
+    (Path(job.out) / "result.json").write_text('{"made_of": "something else"}')
+
+
+def test_an_old_result_is_no_success(checkpoint: Path, pictures: list[Path], tmp_path: Path) -> None:
+    job = config(tmp_path / "out")
+    job.checkpoint, job.image = str(checkpoint), str(pictures[0])
+    old_result(job)
+    assert not is_made(job)
+    for status, words in ((2, "ended with status 2"), (-9, "ended with signal 9"), (75, "give the same command again")):
+        assert words in why_failed([job], status, tmp_path / "none.json")[job.out]
+    (tmp_path / "answer.json").write_text("{}")
+    assert why_failed([job], 0, tmp_path / "answer.json") == {}
+    (Path(job.out) / "result.json").write_text(json.dumps({"made_of": made_of(job, mark_of(job))}))
+    assert is_made(job) and why_failed([job], -9, tmp_path / "none.json") == {}
+
+
+@pytest.mark.parametrize(("at_once", "groups"), [(1, [1, 1, 1]), (8, [1, 2])])
+def test_each_device_takes_groups_and_one_that_leaves_costs_no_page(
+    checkpoint: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], at_once: int, groups: list[int],
+) -> None:  # fmt: skip
+    """Two devices: 3 images in at least two groups.  The group of three.png is asked to leave the machine."""
+    taken, pages = [], []
+    together = threading.Barrier(2, timeout=60)  # both devices work at the same time
+
+    def run(self: Queue, group: list[GenerateConfig], device: str, asked: Path, answer: Path) -> int:
+        first = device not in {name for name, _ in taken}
+        names = [Path(str(job.image)).stem for job in group]
+        taken.append((device, names))
+        if first:
+            together.wait()
+        if "three" in names:
+            return 75
+        answer.write_text("{}")
+        return 0
+
+    monkeypatch.setattr(Queue, "run", run)
+    monkeypatch.setattr("distill.many.devices_of", lambda config: ["cuda:0", "cuda:1"])
+    monkeypatch.setattr("distill.many.write_page", lambda path, made: pages.append([out.name for out in made]))
+    given = config(tmp_path / "meshes")
+    given.checkpoint, given.image, given.objects_at_once = str(checkpoint), str(pictures[0].parent), at_once
+    for job in jobs_of(given):
+        old_result(job)
+    with pytest.raises(SystemExit) as end:
+        generate(given)
+    assert end.value.code == 1 and {device for device, _ in taken} == {"cuda:0", "cuda:1"}
+    assert sorted(len(names) for _, names in taken) == groups
+    (lost,) = [names for _, names in taken if "three" in names]
+    assert pages == [[path.stem for path in sorted(pictures) if path.stem not in lost]]
+    assert capsys.readouterr().err.count("was asked to leave the machine") == len(lost)
+
+
+@pytest.mark.slow
+def test_two_devices_at_work(
+    checkpoint: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes of their own, which get their settings in a file, whatever this process was started as."""
+    monkeypatch.setattr("distill.many.devices_of", lambda config: ["cpu", "cpu:0"])
+    monkeypatch.setattr(sys, "argv", ["submitit", "--multirun", "seed=1,2"])
+    given = config(tmp_path / "meshes", steps=3)
+    given.checkpoint, given.image = str(checkpoint), str(pictures[0])
+    given.more_images = [str(path) for path in pictures[1:]]
+    given.mesh, given.turntable = MeshConfig(24, texture_size=0), TurntableConfig(frames=2, size=16, views=1)
+    generate(given)
+    results = [json.loads(path.read_text()) for path in sorted((tmp_path / "meshes").glob("*/result.json"))]
+    assert {one["device"] for one in results} == {"cpu", "cpu:0"} and [one["steps"] for one in results] == [3] * 3
+    assert (tmp_path / "meshes" / "report.html").read_text().count("<canvas") == 3
 
 
 @pytest.mark.slow
@@ -158,3 +254,34 @@ def test_isotropy_has_an_error_for_each_azimuth(checkpoint: Path, tmp_path: Path
     assert found["azimuth_deg"][:2] == [0, 22.5] and len(found["error"]) == 16
     mean = sum(found["error"]) / 16
     assert found["spread"] == pytest.approx(np.std(found["error"]) / mean, abs=1e-3) and found["spread"] >= 0
+
+
+def test_isotropy_finds_the_odd_side(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model wants what a ball is on all sides: the bare ball has no spread, and one with a dark side, its error."""
+    model, settings = load_export(checkpoint), config(tmp_path)
+    ranges = camera_ranges(settings, model.info)
+    run = new_run(settings, "cpu")
+    run.occupancy.update(Ball().density)
+
+    def painted(dark: bool) -> Any:
+        def field(points: torch.Tensor, normals: bool = True) -> FieldSamples:
+            found = Ball()(points, normals)
+            side = points[:, :1] < -0.1 if dark else torch.zeros(len(points), 1, dtype=torch.bool)
+            return found._replace(albedo=torch.where(side, 0.0, 0.7).expand(-1, 3))
+
+        return field
+
+    def latents(dark: bool) -> torch.Tensor:
+        views = render_views(painted(dark), run.occupancy, ring(1, *ranges.middle), ranges.middle[1], 32)
+        return encode_images(model.vae, views.rgb * 2 - 1, sample=False)
+
+    wanted = latents(dark=False)
+    monkeypatch.setattr(sds, "predict_x0", lambda *_: wanted[None])
+    spread, errors = [], []
+    for dark in (False, True):
+        run.field = painted(dark)
+        found = isotropy(run, model, torch.zeros(1, 1, 24), ranges, 32)
+        spread.append(found["spread"])
+        errors.append(np.array(found["error"]))
+    assert errors[1].argmax() in (7, 8, 9) and errors[1][8] > 10 * errors[1][0]
+    assert errors[0].max() < 0.1 * errors[1].max() and spread[1] > 0.5

@@ -141,6 +141,20 @@ def test_the_run_is_the_same_with_it(checkpoint: Path, free_port: int, tmp_path:
     assert run.losses == alone.losses
 
 
+def test_a_broken_page_costs_no_optimisation(
+    free_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preview = Preview(free_port, ["chair"], CAMERA)
+    try:
+        calls = []
+        monkeypatch.setattr(preview.server, "get_clients", lambda: calls.append(1) or {}[0])
+        for _ in range(2):
+            preview.show({"chair": lopsided(tmp_path)})
+        assert calls == [1] and "no preview any more (KeyError: 0)" in capsys.readouterr().err
+    finally:
+        preview.close()
+
+
 def test_cameras_of_the_page_are_ours() -> None:
     c2w = orbit_camera(torch.tensor(77.0), torch.tensor(-12.0), 2.0)
     wxyz = viser.transforms.SO3.from_matrix(c2w[:3, :3].double().numpy() @ FLIP).wxyz
