@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def orbit_camera(azimuth_deg: Tensor, elevation_deg: Tensor, distance: Tensor | float) -> Tensor:
+def orbit_camera(azimuth_deg: Tensor | float, elevation_deg: Tensor | float, distance: Tensor | float) -> Tensor:
     """Camera on a sphere around the origin, looking at it, world z up in the picture.
 
     azimuth_deg, elevation_deg (-90, 90) exclusive, distance > 0: broadcastable to (...).  Returns c2w (..., 4, 4).
@@ -46,7 +46,7 @@ def framing_distance(framing: Tensor | float, fov_deg: Tensor | float) -> Tensor
     )
 
 
-def camera_rays(c2w: Tensor, fov_deg: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def camera_rays(c2w: Tensor, fov_deg: Tensor | float, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Rays through pixel centres.  c2w (..., 4, 4), fov_deg (...) vertical field of view.
 
     Returns origins and unit directions in world space, each (..., H, W, 3); row 0 is the top of the picture.

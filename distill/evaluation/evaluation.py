@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import skimage
 import torch
 import torchmetrics
 import trimesh
@@ -87,6 +87,6 @@ def summed_up(config: EvaluateConfig, measured: dict[str, Measured], lacking: di
         "settings": asdict(config),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "torchmetrics": torchmetrics.__version__,
-            "scikit-image": skimage.__version__, "trimesh": trimesh.__version__,
+            "scikit-image": version("scikit-image"), "trimesh": trimesh.__version__,
         },
     }  # fmt: skip

@@ -23,7 +23,7 @@ BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}  #
 
 
 def masked_psnr(images: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB over the pixels of `mask` (V, S, S) bool alone -> (V,); NaN for an empty mask."""
+    """Peak signal-to-noise ratio in dB over the pixels of `mask` (V, S, S) bool alone -> (V,); NaN if it is empty."""
     share = mask.float()[:, None]
     error = ((images - truth).square() * share).sum(dim=(1, 2, 3)) / (3 * share.sum(dim=(1, 2, 3)))
     return (-10 * torch.log10(error.clamp(min=1e-30))).clamp(max=PERFECT_DB)

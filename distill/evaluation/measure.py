@@ -35,8 +35,8 @@ CONVENTIONS = {
         "janus": "mean cosine of features between the front view and those from 90 to 270 degrees",
     },
     "syncdreamer_gso": {
-        "chamfer": "mean of both mean distances between points seen from 16 cameras, thinned to a 0.01 voxel grid; ground "
-        "truth in a unit box, prediction as it is",
+        "chamfer": "mean of both mean distances between points seen from 16 cameras, thinned to a 0.01 voxel grid; "
+        "ground truth in a unit box, prediction as it is",
         "volume_iou": "mesh2sdf < 0 at 64^3 of [-1, 1]^3",
         "pictures": "alpha over white in floating point; torchmetrics' SSIM with its defaults; LPIPS of VGG",
     },
@@ -76,8 +76,8 @@ def measure(pred: Item, truth: Item, config: EvaluateConfig, tools: Tools) -> Me
         with_preset(found, pred, truth, config, tools)
     if not found.metrics:
         raise UserError(
-            f"{pred.name}: prediction and ground truth have neither views of the same number or camera nor meshes both; "
-            "see distill/evaluation/objects.py for the names of files"
+            f"{pred.name}: prediction and ground truth have neither views of the same number or camera nor meshes "
+            "both; see distill/evaluation/objects.py for the names of files"
         )
     return found
 
@@ -134,10 +134,15 @@ def with_pictures(found: Measured, pred: Item, truth: Item, config: EvaluateConf
     }
     if tools.lpips is not None:
         found.metrics["lpips"] = float(tools.lpips(ours, rgb).mean())
-    features = plain_features
+
+    def features(images: Tensor) -> Tensor:
+        return (
+            plain_features(images)
+            if tools.encoder is None
+            else embeddings(tools.encoder, images.to(tools.device)).cpu()
+        )
+
     if tools.encoder is not None:
-        encoder = tools.encoder
-        features = lambda images: embeddings(encoder, images.to(tools.device)).cpu()  # noqa: E731
         found.metrics["clip_similarity"] = float((features(ours) * features(rgb)).sum(dim=-1).mean())
     found.pictures = torch.stack([ours, rgb])
     cameras = [truth.cameras.get(b) or pred.cameras.get(a) for a, b in pairs]
@@ -248,7 +253,8 @@ def with_preset(found: Measured, pred: Item, truth: Item, config: EvaluateConfig
         if config.preset == "syncdreamer_gso":
             seen = presets.over_white(a), presets.over_white(b)
         else:
-            seen = tuple(presets.eschernet_picture(x).astype(np.float32) / 255 for x in (a[..., :3], b))
+            low = presets.eschernet_picture(a[..., :3]), presets.eschernet_picture(b)
+            seen = low[0].astype(np.float32) / 255, low[1].astype(np.float32) / 255
         if seen[0].shape != seen[1].shape:
             raise UserError(f"{pred.name}: view {number} is {a.shape[:2]}, the ground truth's {b.shape[:2]}")
         rows.append(one(a, b))

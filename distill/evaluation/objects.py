@@ -66,8 +66,8 @@ def find_objects(path: Path, key: str) -> dict[str, Item]:
             found[folder.name] = item
     if not found:
         raise UserError(
-            f"{key}={path} holds no object: no mesh ({', '.join(f'{n}.glb' for n in MESH_NAMES)}; .obj, .ply), no numbered "
-            "PNGs, and no folders of such"
+            f"{key}={path} holds no object: no mesh ({', '.join(f'{n}.glb' for n in MESH_NAMES)}; .obj, .ply), no "
+            "numbered PNGs, and no folders of such"
         )
     return found
 
@@ -152,10 +152,7 @@ def read_depths(item: Item) -> np.ndarray | None:
 def read_mesh(path: Path) -> trimesh.Trimesh:
     """In our axes: glTF's y is up, so GLB is turned to z up; OBJ and PLY are taken as they are."""
     try:
-        if path.suffix.lower() == ".glb":
-            mesh = read_glb(path)
-        else:
-            mesh = trimesh.load(path, force="mesh", process=False)  # type: ignore[assignment]
+        mesh: Any = read_glb(path) if path.suffix.lower() == ".glb" else trimesh.load(path, force="mesh", process=False)
     except UserError:
         raise
     except Exception as error:  # trimesh raises many kinds for a file that is not what it should be

@@ -62,7 +62,7 @@ def require_before_cameras(vertices: np.ndarray) -> None:
     radius = float(np.linalg.norm(vertices, axis=1).max())
     if radius >= DISTANCE - 0.5:  # its rasteriser's near plane
         raise UserError(
-            f"syncdreamer_gso takes meshes as its pictures show them, within a unit box at the origin; this one reaches "
+            "syncdreamer_gso takes meshes as its pictures show them, within a unit box at the origin; this one reaches "
             f"{radius:.3g} from it. Scale it, or set normalise=box"
         )
 
@@ -81,7 +81,7 @@ def seen_points(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
 
 
 def flat_depth(vertices: np.ndarray, triangles: np.ndarray, c2w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Depth and mask (256, 256).  Depth is interpolated without perspective, since the script's rasteriser gets w = 1."""
+    """Depth and mask (256, 256).  Depth is interpolated without perspective: the script's rasteriser gets w = 1."""
     local = (vertices - c2w[:3, 3]) @ c2w[:3, :3] * (1, -1, -1)
     pixels = FOCAL * local[:, :2] / local[:, 2:] + SIZE / 2
     depth = np.full(SIZE * SIZE, np.inf)
@@ -89,12 +89,12 @@ def flat_depth(vertices: np.ndarray, triangles: np.ndarray, c2w: np.ndarray) -> 
     for face, pixel, _ in filled(corners, SIZE):
         weights = flat_weights(corners[face], np.stack([pixel % SIZE + 0.5, pixel // SIZE + 0.5], axis=1))
         np.minimum.at(depth, pixel, np.einsum("ki,ki->k", weights, away[face]))
-    depth = depth.reshape(SIZE, SIZE)
-    return depth, np.isfinite(depth)
+    grid = depth.reshape(SIZE, SIZE)
+    return grid, np.isfinite(grid)
 
 
 def back_projected(depth: np.ndarray, mask: np.ndarray, c2w: np.ndarray) -> np.ndarray:
-    """Pixels (row, column) with a depth -> points (P, 3), through whole-numbered pixels as the script does, not centres."""
+    """Pixels with a depth -> points (P, 3), through whole-numbered rows and columns as the script does, not centres."""
     row, column = np.nonzero(mask)
     away = depth[row, column]
     local = np.stack([(column - SIZE / 2) / FOCAL * away, -(row - SIZE / 2) / FOCAL * away, -away], axis=1)
@@ -117,7 +117,7 @@ def points_of_depth(pictures: np.ndarray) -> np.ndarray:
 
 
 def thinned(points: np.ndarray, voxel: float = VOXEL) -> np.ndarray:
-    """One point a voxel, the mean of those in it; the grid starts half a voxel before the least coordinates (open3d)."""
+    """One point a voxel, the mean of those in it; the grid starts half a voxel before the least coordinate (open3d)."""
     points = points.astype(np.float64)
     cell = np.floor((points - (points.min(axis=0) - voxel / 2)) / voxel).astype(np.int64)
     _, which, count = np.unique(cell, axis=0, return_inverse=True, return_counts=True)

@@ -176,5 +176,7 @@ def rigid_motion(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
     rng = np.random.default_rng(0)
     few = pred[rng.permutation(len(pred))[: 4 * COARSE_POINTS]]
     return np.asarray(
-        trimesh.registration.icp(few, truth, initial=start, threshold=1e-7, max_iterations=60, reflection=False, scale=False)[0]
-    )  # fmt: skip
+        trimesh.registration.icp(
+            few, truth, initial=start, threshold=1e-7, max_iterations=60, reflection=False, scale=False
+        )[0]
+    )

@@ -78,8 +78,8 @@ def pairs(first: np.ndarray, last: np.ndarray):
 def mesh2sdf_inside(vertices: np.ndarray, triangles: np.ndarray, size: int = 64) -> np.ndarray:
     """What `mesh2sdf.compute(vertices, triangles, size) < 0` says (mesh2sdf 1.1.0): grid points -1 + i * 2 / size.
 
-    Vertices in fp32, parity along x alone, and points at a distance of exactly 0 do not count as inside: flat sides of a
-    unit box lie on the grid, so their distance is worked out in fp32, operation by operation as there.
+    Vertices in fp32, parity along x alone, and points at a distance of exactly 0 do not count as inside: flat sides of
+    a unit box lie on the grid, so their distance is worked out in fp32, operation by operation as there.
     """
     corners = vertices.astype(np.float32)[triangles]
     step = np.float32(2.0) / np.float32(size)

@@ -37,7 +37,7 @@ def test_syncdreamer_turns_the_truth() -> None:
 
 
 def test_syncdreamer_refuses_a_mesh_that_its_cameras_are_in() -> None:
-    with pytest.raises(UserError, match="reaches 1.2 from it"):
+    with pytest.raises(UserError, match=r"reaches 1\.2 from it"):
         presets.syncdreamer_mesh(ball(1.2), ball(0.5))
 
 
