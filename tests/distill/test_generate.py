@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from analytic_scenes import Ball
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 from PIL import Image
-from tiny_model import TINY, command, config
+from tiny_model import ROOT, TINY, command, config
 
 from conf.cli import ConfigError
 from data.files import UserError, read_json
@@ -21,7 +24,7 @@ from distill.config import GenerateConfig, GuidanceConfig, ScheduleConfig
 from distill.distillation import camera_ranges, distil, require_finite
 from distill.generate import main
 from distill.mesh import load_glb
-from distill.snapshot import FILE, identity, load_snapshot, made_of, new_run, save_snapshot, snapshot_mb
+from distill.snapshot import FILE, config_from, identity, load_snapshot, made_of, new_run, save_snapshot, snapshot_mb
 from distill.turntable import render_views, ring
 from distill.volume import OccupancyGrid, VolumeConfig
 from models.checkpoint import load_export
@@ -145,6 +148,27 @@ def test_command_survives_a_kill_and_writes_everything(checkpoint: Path, picture
     assert (out / "turntable.mp4").stat().st_size > 0 and Image.open(out / "views.png").size == (64, 64)
     assert "steps: 60" in (out / "config.yaml").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]  # nothing of Hydra's beside it
+
+
+def test_experiments_are_configurations() -> None:
+    """As Hydra composes them; guidance_scale and stage1_or_both are sweeps."""
+    folder = ROOT / "conf" / "distill"
+    names = {path.stem for path in (folder / "experiment").glob("*.yaml")} - {"guidance_scale", "stage1_or_both"}
+    assert {"demo", "fast", "paper"} <= names
+    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        for name in sorted(names):
+            given = ["checkpoint=c", "image=i", "out=o", f"experiment={name}"]
+            config_from(compose("generate", given))
+
+
+def test_the_fast_mode_falls_evenly_through_the_timesteps(checkpoint: Path, tmp_path: Path) -> None:
+    fast = OmegaConf.load(ROOT / "conf" / "distill" / "experiment" / "fast.yaml")
+    settings = config(tmp_path, steps=6)
+    settings.guidance = GuidanceConfig(**fast.guidance)
+    run = new_run(settings, "cpu")
+    distil(run, load_export(checkpoint), torch.ones(1, 1, 24), settings, "x")
+    assert [row["t"] for row in run.losses] == [980, 820, 660, 500, 340, 180]
 
 
 @pytest.mark.slow
