@@ -58,6 +58,14 @@ count_requeues() {
   fi
 }
 
+requeue() {
+  for _ in {1..10}; do # the controller may be slow to answer
+    if scontrol requeue "$job"; then sleep 600; fi # until SLURM ends this script
+    sleep 15
+  done
+  echo "error: job $job could not be requeued; submit it again to go on" >&2
+}
+
 # end_with STATUS: requeues the job where that is what its program asked for, else ends it.
 end_with() {
   local most=${MAX_REQUEUES:-20} requeues idle waiting
@@ -69,7 +77,10 @@ end_with() {
   elif [ "$1" -eq $REQUEUE ]; then
     trap - USR1 TERM
     count_requeues
-    if [ "$idle" -ge 2 ]; then
+    if [ -z "$warned" ] && scontrol show job "$job" | grep ' PreemptTime=[0-9]' >/dev/null; then
+      echo "job $job: preempted, and requeued"
+      requeue
+    elif [ "$idle" -ge 2 ]; then
       echo "error: job $job started 3 times without a newer checkpoint; the reason is above" >&2
     elif [ -n "$warned" ] && [ "$warned" -lt 60 ] && [ "$requeues" -ge 2 ]; then
       echo "error: job $job is warned as soon as it starts; give sbatch a longer --time," \
@@ -78,11 +89,7 @@ end_with() {
       echo "error: job $job was requeued $requeues times, and MAX_REQUEUES=$most; submit it again to go on" >&2
     else
       echo "job $job: requeued (time $((requeues + 1)) of at most $most)"
-      for _ in {1..10}; do # the controller may be slow to answer
-        if scontrol requeue "$job"; then sleep 600; fi # until SLURM ends this script
-        sleep 15
-      done
-      echo "error: job $job could not be requeued; submit it again to go on" >&2
+      requeue
     fi
   elif [ "$1" -ne 0 ]; then
     echo "error: job $job ended with status $1; its own words are above" >&2

@@ -49,6 +49,13 @@ def main() -> None:
     except ChildFailedError as error:
         exitcodes = [failure.exitcode for failure in error.failures.values()]
         raise SystemExit(status_of(exitcodes, arguments.num_processes)) from None
+    except ConnectionError as error:
+        port = str(arguments.main_process_port)
+        if port not in str(error):  # accelerate names it, at the first node
+            raise
+        words = f"error: port {port} was taken since the job chose it; another start takes another"
+        print(words, file=sys.stderr, flush=True)
+        raise SystemExit(REQUEUE) from None
 
 
 if __name__ == "__main__":

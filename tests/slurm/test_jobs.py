@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import trimesh
-from cluster import SMALL, Cluster
+from cluster import SMALL, Cluster, after, sleeping
 from tiny_runs import losses, tiny_overrides, train, weights_hash
 
-from monitor.wandb_file import history
+from monitor.wandb_file import history, records
 
 
 @pytest.mark.slow
@@ -25,7 +26,7 @@ def test_a_job_goes_on_after_a_warning_and_lost_nodes(cluster: Cluster, tiny, tm
     job.until((out / "checkpoints" / "step_00000010").exists)
     job.warn()
     job.until(lambda: "going on from" in job.words())
-    assert "saved, and requeued (time 1 of at most 20)" in job.words()
+    assert "requeued (time 1 of at most 20)" in job.words()
     for restarts, node in ((2, "node2"), (3, "node1")):  # the first has the batch script and rank 0
         steps = len(losses(out))
         job.until(lambda: len(losses(out)) > steps + 3)  # noqa: B023
@@ -39,16 +40,25 @@ def test_a_job_goes_on_after_a_warning_and_lost_nodes(cluster: Cluster, tiny, tm
     assert len(files) == 4 and [row["global_step"] for row in rows] == list(range(1, 201))
     assert {f"loss/{branch}" for branch in ("single", "multi")} <= {name for row in rows for name in row}
     assert "samples/psnr" in rows[-1] and len({path.name for path in files}) == 1
+    assert "image-file" in (rows[-1].get("samples/_type"), rows[-1].get("samples", {}).get("_type"))
+    alerts = [r.alert.title for path in files for r in records(path) if r.WhichOneof("record_type") == "alert"]
+    assert alerts.count("started again") == 3 and {"asked to end", "finished"} <= set(alerts)
 
 
 @pytest.mark.slow
 def test_two_jobs_at_once_and_one_is_cancelled(cluster: Cluster, tiny, tmp_path) -> None:
+    """One with a process for each GPU that SLURM gives, in a container, with a folder of the node's own."""
     given = [*SMALL, "slurm/stage1.sbatch", *tiny_overrides(tiny)]
+    both = ["--gpus-per-node=2", *given[1:]]
+    scratch = {"PROCESSES_PER_NODE": "", "CONTAINER": "env IN_CONTAINER=1", "TMPDIR": str(tmp_path / "scratch")}
     jobs = [
-        cluster.submit(tmp_path, *given, f"out={tmp_path}/run{number}", more)
-        for number, more in enumerate(["steps=6", "steps=100000"])
+        cluster.submit(tmp_path, *both, f"out={tmp_path}/run0", "steps=6", **scratch),
+        cluster.submit(tmp_path, *given, f"out={tmp_path}/run1", "steps=100000"),
     ]
     assert jobs[0].end() == "COMPLETED 0:0"
+    state = json.loads((tmp_path / "run0" / "checkpoints" / "step_00000006" / "state.json").read_text())
+    assert state["world_size"] == 2 and (tmp_path / "scratch").is_dir()
+    assert f"on each of 1 nodes: env IN_CONTAINER=1 {sys.executable} slurm/node_launcher.py" in jobs[0].words()
     jobs[1].until(lambda: "step/s" in jobs[1].words())
     cluster.call("scancel", jobs[1].number)
     assert jobs[1].end().startswith("CANCELLED")
@@ -59,6 +69,8 @@ def test_two_jobs_at_once_and_one_is_cancelled(cluster: Cluster, tiny, tmp_path)
 
 @pytest.mark.slow
 def test_a_job_that_fails_for_its_own_reason_ends(cluster: Cluster, tiny, tmp_path) -> None:
+    nan = [*tiny_overrides(tiny), f"out={tmp_path}/nan", "optim.lr=1e30", "optim.warmup_steps=0", "max_skipped=2"]
+    diverging = cluster.submit(tmp_path, *SMALL, "slurm/stage1.sbatch", *nan, "steps=100")
     wrong = [*tiny_overrides(tiny), f"out={tmp_path}/run", "optim.lrr=1"]
     job = cluster.submit(tmp_path, "--nodes=2", *SMALL, "slurm/stage1.sbatch", *wrong)
     waiting = cluster.call("sbatch", "--parsable", f"--dependency=afterok:{job.number}", "--wrap=true").strip()
@@ -67,20 +79,30 @@ def test_a_job_that_fails_for_its_own_reason_ends(cluster: Cluster, tiny, tmp_pa
     assert job.fact("Restarts") == "0" and "requeued" not in job.words()
     assert f"what waits for it does not start: {waiting}" in job.words()
     cluster.call("scancel", waiting)
+    assert diverging.end() == "FAILED 102:0" and diverging.fact("Restarts") == "0"
+    assert "in a row, and max_skipped=2" in diverging.words() and "requeued" not in diverging.words()
+    kinds = [r.alert.title for path in (tmp_path / "nan").glob("wandb/*/*.wandb") for r in records(path)
+             if r.WhichOneof("record_type") == "alert"]  # fmt: skip
+    assert kinds[-1] == "stopped" and "a step was left out" in kinds
 
 
 @pytest.mark.slow
 def test_a_preempted_job_saves_and_starts_again(cluster: Cluster, tiny, tmp_path) -> None:
-    """By a job of a partition that goes before; SLURM gives the one that has to go a minute."""
+    """By a job of a partition that goes before; one that has no time to save starts again too."""
     out = tmp_path / "run"
     given = [*tiny_overrides(tiny), f"out={out}", "steps=300", "checkpoint_every=1000"]
-    job = cluster.submit(tmp_path, "--nodes=2", *SMALL, "--exclusive", "slurm/stage1.sbatch", *given)
-    job.until(lambda: "step/s" in job.words())
+    job = cluster.submit(tmp_path, "--nodes=2", *SMALL, "slurm/stage1.sbatch", *given)
+    asleep = cluster.job(tmp_path, sleeping(cluster, tmp_path, "--partition=brief", f"--output={tmp_path}/%j.out"))
+    waiting = after(cluster, tmp_path, asleep.number)
+    job.until(lambda: "step/s" in job.words() and "sleeping" in asleep.words())
     urgent = cluster.call("sbatch", "--parsable", "--partition=urgent", "--exclusive", "--nodes=2", "--wrap=sleep 1")
     job.until(lambda: "going on from" in job.words())
     assert cluster.job(tmp_path, urgent.strip()).fact("JobState") == "COMPLETED"
     assert job.end() == "COMPLETED 0:0" and "asked to end; saved at step" in job.words()
     assert [step for step, _ in losses(out)] == list(range(1, 301))
+    assert asleep.end() == waiting.end() == "COMPLETED 0:0" and asleep.fact("Restarts") == "1"
+    for preempted, said in ((job, "preempted, and requeued"), (asleep, "a preempted job is started again")):
+        assert said in preempted.words() and "error: job" not in preempted.words()
 
 
 @pytest.mark.slow

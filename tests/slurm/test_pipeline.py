@@ -37,20 +37,26 @@ def test_pictures_to_meshes(cluster: Cluster, tiny, tmp_path) -> None:
         *logs, *SMALL, *(f"distill:{word}" for word in (*SMALL, "--array=7-8", *GENERATE)),
         *tiny_overrides(tiny), "steps=2", f"stage1:out={tmp_path}/stage1", f"stage2:out={tmp_path}/stage2",
         f"stage2:init_from={tmp_path}/stage1/export", "name=pipe", f"images={pictures}", f"out={tmp_path}/meshes",
-        f"distill:checkpoint={tmp_path}/stage2/export",
+        "wandb.project=shapes", f"distill:checkpoint={tmp_path}/stage2/export",
     ])  # fmt: skip
     stage1, stage2, array = (cluster.job(tmp_path, number) for number in numbers)
     assert [job.end() for job in (stage1, stage2)] == ["COMPLETED 0:0"] * 2
     assert [step for step, _ in losses(tmp_path / "stage2")] == [1, 2]
+    last = cluster.job(tmp_path, f"{array.number}_8")
+    last.log = tmp_path / "8.out"
+    last.until(lambda: "[2/3]" in last.words())
+    last.warn()
     array.until(lambda: not cluster.call("squeue", "--noheader", f"--jobs={array.number}").strip())
+    assert last.fact("Restarts") == "1" and cluster.job(tmp_path, f"{array.number}_7").fact("Restarts") == "0"
     words = [(tmp_path / f"{task}.out").read_text() for task in (7, 8)]
     assert "[1/3]" in words[0] and "[3/3]" in words[0] and "[2/3]" in words[1]
     for name in ("first one, it's (1)", "second"):
         assert (tmp_path / "meshes" / name / "mesh.glb").stat().st_size > 1000
-        (path,) = (tmp_path / "meshes" / name).glob("wandb/offline-run-*/*.wandb")
+        path = sorted((tmp_path / "meshes" / name).glob("wandb/offline-run-*/*.wandb"))[-1]
         kinds = [record.WhichOneof("record_type") for record in records(path)]
         (run,) = (record.run for record in records(path) if record.WhichOneof("record_type") == "run")
-        assert (run.run_group, run.job_type) == ("pipe", "distill") and kinds.count("artifact") == 1
+        assert (run.run_group, run.job_type, run.project) == ("pipe", "distill", "shapes")
+        assert kinds.count("artifact") == 1
         media = path.parent / "files" / "media"
         assert list(media.rglob("turntable*.mp4")) and list(media.rglob("mesh*.glb"))
     assert "error: no mesh of" in words[0] and "third.png (status 2)" in words[0], "it costs itself alone"

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from cluster import ROOT, Cluster, after, sleeping
 
+from data.processes import REQUEUE
+
 # As training that loses a process again and again: from the second start on it stays at one checkpoint.
 STUCK = """#!/bin/bash
 source slurm/job.sh
@@ -85,12 +87,18 @@ def test_pictures_of_one_name_and_gaps_in_an_array(tmp_path) -> None:
 
 
 def test_a_port_that_a_neighbour_has() -> None:
+    """Before the job chooses one, or after: then it asks to be started again."""
     with socket.socket() as neighbour:
         neighbour.bind(("", 0))
         neighbour.listen()
         taken = neighbour.getsockname()[1]
         words = [sys.executable, "slurm/free_port.py", str(taken)]
         other = int(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        start = [sys.executable, "slurm/node_launcher.py", "--use_deepspeed", "--num_machines=2", "--num_processes=2",
+                 "--main_process_ip=localhost", f"--main_process_port={taken}", "--machine_rank=0",
+                 "--deepspeed_multinode_launcher=standard", "train/stage1.py"]  # fmt: skip
+        late = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert late.returncode == REQUEUE and f"error: port {taken} was taken since the job chose it" in late.stderr
     assert other != taken and 20000 <= other < 32768
     assert int(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout) == taken
 
