@@ -238,7 +238,8 @@ def shared_volume(a: trimesh.Trimesh, b: trimesh.Trimesh, size: int) -> float:
 
 def with_preset(found: Measured, pred: Item, truth: Item, config: EvaluateConfig, tools: Tools) -> None:
     if pred.mesh is not None and truth.mesh is not None:
-        meshes = read_mesh(pred.mesh), read_mesh(truth.mesh)
+        at_corners = config.preset == "eschernet_gso"  # which are counted, and its script merges them
+        meshes = read_mesh(pred.mesh, at_corners), read_mesh(truth.mesh, at_corners)
         if config.preset == "syncdreamer_gso":
             values = presets.syncdreamer_mesh(*meshes, read_depths(truth), config.truth_yaw_deg)
         else:

@@ -149,10 +149,13 @@ def read_depths(item: Item) -> np.ndarray | None:
     return np.stack(pictures).astype(np.uint16)
 
 
-def read_mesh(path: Path) -> trimesh.Trimesh:
-    """In our axes: glTF's y is up, so GLB is turned to z up; OBJ and PLY are taken as they are."""
+def read_mesh(path: Path, merged: bool = False) -> trimesh.Trimesh:
+    """In our axes: glTF's y is up, so GLB is turned to z up; OBJ and PLY are taken as they are.
+
+    merged: equal vertices become one, as `trimesh.load` has it by itself.
+    """
     try:
-        mesh: Any = read_glb(path) if path.suffix.lower() == ".glb" else trimesh.load(path, force="mesh", process=False)
+        mesh: Any = read_glb(path) if path.suffix.lower() == ".glb" else trimesh.load(path, force="mesh", process=merged)
     except UserError:
         raise
     except Exception as error:  # trimesh raises many kinds for a file that is not what it should be
