@@ -3,6 +3,7 @@
 Writes into `out`: config.yaml, snapshot/, mesh.glb, turntable.mp4, views.png, report.html, losses.json and result.json.
 A run that was killed goes on when the same command is given again.  Ctrl-C once ends the optimisation and still makes
 the mesh, twice stops.  `image=chair.png lamp.png ...`, or image= of a folder, makes one folder an image below `out`.
+`embedding=words.safetensors` instead is for weights without an image encoder (models/given_embedding.py).
 """
 
 import sys

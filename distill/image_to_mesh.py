@@ -172,8 +172,6 @@ def distil_and_mesh(jobs: list[Job], device: torch.device, dtype: torch.dtype, s
 
         stopped_by = distil_together(scenes, model, shared, preview, stop)
         distilled = time.monotonic()
-        for scene in scenes:
-            write_json(scene.out / "losses.json", scene.run.losses)
         if stopped_by in LEAVE:  # the snapshots go on elsewhere
             raise SystemExit(REQUEUE)
 
@@ -181,6 +179,7 @@ def distil_and_mesh(jobs: list[Job], device: torch.device, dtype: torch.dtype, s
             seconds = {"load": ready - job.began, "distil": distilled - ready}
             seconds["per_step"] = seconds["distil"] / max(scene.run.step - step, 1)
             with given_up(job.config, failed, len(jobs), scene):
+                write_json(scene.out / "losses.json", scene.run.losses)
                 conclude(job, scene, model, seconds, continued=step > 0)
     return failed
 

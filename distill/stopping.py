@@ -42,7 +42,7 @@ class StopSignals:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell's `&` has had SIGINT ignored
         if number in LEAVE and not self.patient:
             raise SystemExit(REQUEUE)
         how = "leaving after this step" if number in LEAVE else "ending with a mesh of what there is"
