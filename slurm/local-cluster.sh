@@ -4,8 +4,8 @@
 #   slurm/local-cluster.sh start          starts it and prints how to reach it
 #   slurm/local-cluster.sh stop           ends its jobs and daemons
 #   slurm/local-cluster.sh node-up NODE   starts one node's daemon again
-# Environment: CLUSTER (its folder, default /tmp/isotropic3d-cluster-UID), NODES (2), CPUS a node (4, more than there are
-# is well), MEMORY a node in MB (8000), PORT (16820; the nodes take those after it).  Each node pretends to two GPUs.
+# Environment: CLUSTER (its folder, default /tmp/isotropic3d-cluster-UID), NODES (2), CPUS a node (4; may exceed what is
+# there), MEMORY a node in MB (8000), PORT (16820; nodes take those after it).  Each node pretends to two GPUs.
 # Jobs of its partition urgent preempt those of main, which have half a minute to save, and of brief, which have only
 # KillWait's 5 s; both start again.
 # Its configuration, keys, logs and state are in that folder; nothing of an installed SLURM is touched but /etc/hosts,
