@@ -19,15 +19,15 @@ from distill.turntable import render_views
 from distill.volume import OccupancyGrid, VolumeConfig, render
 from models.image_metrics import psnr
 
-LR_GRID, LR_NETWORK, LR_END = 0.02, 0.005, 0.05  # rates at the start; the share of them at the end
+LR_GRID, LR_NETWORK, LR_END = 0.02, 0.02, 0.1  # rates at the start; the share of them at the end
 BOUND = 0.6
 
 
 @dataclass
 class FitConfig:
-    steps: int = 1000
-    rays: int = 4096  # a step
-    depth_variance: float = 1.0  # weight of a thin surface, rising through the second half
+    steps: int = 600
+    rays: int = 2048  # a step
+    depth_variance: float = 3.0  # weight of a thin surface, rising from a third of the run on
     opacity: float = 0.1  # weight of the pictures' alpha, where they have one
     levels: int = 10
     log2_entries: int = 16
@@ -72,10 +72,15 @@ def fit(
             rays = torch.randint(len(colours), (config.rays,), device=device)
             jitter = torch.rand(config.rays, device=device)
             seen = render(field, grid, origins[rays], directions[rays], jitter, normals=False, density=field.density)
-            loss = (seen.rgb - colours[rays]).square().mean()
+            shown, wanted = seen.rgb, colours[rays]
+            if opacity is not None:  # over backgrounds of any colour, or white parts of the object need not be there
+                darker = torch.rand(config.rays, 3, device=device) - 1  # than white
+                shown = shown + darker * (1 - seen.opacity[:, None])
+                wanted = wanted + darker * (1 - opacity[rays, None])
+            loss = (shown - wanted).square().mean()
             if opacity is not None:
                 loss = loss + config.opacity * (seen.opacity - opacity[rays]).square().mean()
-            thin = config.depth_variance * max(2 * step / config.steps - 1, 0)  # once there is a surface
+            thin = config.depth_variance * max(1.5 * step / config.steps - 0.5, 0)  # once there is a surface
             loss = loss + thin * depth_variance_loss(seen.depth_variance, seen.opacity)
             optimizer.zero_grad()
             loss.backward()
