@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ class TrainState:
     step: int = 0  # optimizer steps done
     skipped: int = 0  # batches that left no step, since a gradient was not finite
     seconds: float = 0.0  # training time of all sessions
+    loss_sums: list[list[float]] = field(default_factory=list)  # of what was not yet reported (train.meter)
 
     @property
     def batch(self) -> int:
@@ -119,11 +120,13 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """A checkpoint's state.json; None where it is damaged."""
+    """A checkpoint's state.json; None where it is damaged.  UserError where this machine cannot read it."""
     try:
-        saved = read_json(path / "state.json", "checkpoint")
-    except UserError:
+        saved = json.loads((path / "state.json").read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    except OSError as error:
+        raise unreadable(path, "state.json", error) from None
     if not isinstance(saved, dict) or saved.get("mark") != mark_of(saved) or saved.get("step") != step_of(path):
         return None
     return saved
@@ -145,7 +148,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; damaged ones after it are set aside under another name, and said.  Collective.
 
     Each rank reads its share of the files, and all of them must be as they were written.  UserError when there are
-    checkpoints and none is whole, or one cannot be read here: then none is touched.
+    checkpoints and none is whole, or one cannot be read here, or is damaged for one rank and whole for rank 0: then
+    none is touched.
     """
     damaged: dict[str, str] = {}
     names = [[path.name for path in checkpoint_folders(folder)]]
@@ -155,6 +159,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         everyone: list[list[str]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, found)
         wrong = [line for one in everyone for line in one]
+        require_for_all(folder / name, everyone)
         if not wrong:
             if dist.get_rank() == 0:
                 set_aside(folder, damaged)
@@ -167,10 +172,26 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def require_for_all(path: Path, wrong: list[list[str]]) -> None:
+    """UserError where what ranks found `wrong` looks whole to rank 0, as with a mount that is stale.  Collective."""
+    doubted: list[list[str]] = [[]]
+    if dist.get_rank() == 0 and any(wrong):
+        seen = damaged_files(path, 0, 1)
+        doubted = [[f"rank {rank}: {line}" for rank, lines in enumerate(wrong) for line in lines if line not in seen]]
+    dist.broadcast_object_list(doubted, src=0)
+    if doubted[0]:
+        raise UserError(
+            f"checkpoint {path}: {doubted[0][0]}, but it is whole where rank 0 runs; mend that machine's file system "
+            "and start again, the checkpoint stays as it is"
+        )
+
+
 def set_aside(folder: Path, damaged: dict[str, str]) -> None:
+    """Under another name; those of former times go, since each is as large as a checkpoint."""
+    for former in folder.glob("damaged_step_*") if damaged else ():
+        shutil.rmtree(former, ignore_errors=True)
     for name, why in damaged.items():
         aside = folder / f"damaged_{name}"
-        shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder / name, aside)
         print(f"warning: {folder / name} is damaged ({why}) and set aside as {aside.name}", flush=True)
 
@@ -193,9 +214,13 @@ def damaged_files(path: Path, rank: int, world: int) -> list[str]:
         except FileNotFoundError:
             wrong.append(f"{name} is missing")
         except OSError as error:
-            words = f"checkpoint {path}: {name} cannot be read on {socket.gethostname()}: {error.strerror}"
-            raise UserError(f"{words}; mend that and start again, the checkpoint stays as it is") from None
+            raise unreadable(path, name, error) from None
     return wrong
+
+
+def unreadable(path: Path, name: str, error: OSError) -> UserError:
+    words = f"checkpoint {path}: {name} cannot be read on {socket.gethostname()}: {error.strerror}"
+    return UserError(f"{words}; mend that and start again, the checkpoint stays as it is")
 
 
 class Checkpoints:
@@ -215,7 +240,11 @@ class Checkpoints:
         saved: int,
     ):
         self.folder, self.engine, self.average, self.identity = folder, engine, average, identity
-        self.keep, self.milestone_every = config.keep_checkpoints, config.milestone_every
+        self.every, self.keep, self.milestone_every = (
+            config.checkpoint_every,
+            config.keep_checkpoints,
+            config.milestone_every,
+        )
         self.background = config.checkpoint_in_background
         self.saved = saved  # step of the newest whole one
         self.pending: dict[str, Any] | None = None  # state.json of the one that is being written
@@ -230,8 +259,13 @@ class Checkpoints:
         return self.files.writing
 
     def begin(self, state: TrainState) -> None:
-        """Of the state as it is now.  One that could not be written is said, nothing of it stays, and the former do."""
+        """Of the state as it is now.  One that could not be written is said, nothing of it stays, and the former do.
+
+        Nothing to do where the step is saved already: batches that were left out after it are left out again.
+        """
         self.finish()
+        if state.step == self.saved:
+            return
         final, temporary = self.paths(state.step)
         self.files.begin(self.background)
         # Frozen weights are not saved: they come from where the run started.  ZeRO-3 holds shards.
@@ -248,17 +282,19 @@ class Checkpoints:
         if not agreed(final, temporary, self.files.errors):
             return
         self.engine.save_checkpoint(str(temporary), tag="engine", save_latest=False, exclude_frozen_parameters=frozen)
-        slices = local_slices(self.engine)
-        self.files.save_tensors(
-            {f"{i:05d}": t for i, t in enumerate(self.average.average) if t is not None},
-            temporary / average_file(self.engine.global_rank),
-            {f"{i:05d}": str(place[0]) for i, place in enumerate(slices) if place is not None},
-        )
+        if self.engine.global_rank == 0 or not replicated(self.engine):
+            slices = local_slices(self.engine)
+            self.files.save_tensors(
+                {f"{i:05d}": t for i, t in enumerate(self.average.average) if t is not None},
+                temporary / average_file(self.engine.global_rank),
+                {f"{i:05d}": str(place[0]) for i, place in enumerate(slices) if place is not None},
+            )
         self.pending = {
             "format": FORMAT,
             "step": state.step,
             "skipped": state.skipped,
             "seconds": state.seconds,
+            "loss_sums": state.loss_sums,
             "spans": as_json(state.spans),
             "updates": self.average.updates,
             "world_size": self.engine.world_size,
@@ -298,9 +334,15 @@ class Checkpoints:
         if self.engine.global_rank == 0:
             self.delete_old()
 
+    def due(self, step: int) -> bool:
+        return step % self.every == 0 or self.milestone(step)
+
+    def milestone(self, step: int) -> bool:
+        return self.milestone_every > 0 and step % self.milestone_every == 0
+
     def delete_old(self) -> None:
         for old in checkpoint_folders(self.folder)[: -self.keep]:
-            if self.milestone_every == 0 or step_of(old) % self.milestone_every > 0:
+            if not self.milestone(step_of(old)):
                 try:
                     delete_whole(old)
                 except OSError as error:
@@ -335,6 +377,11 @@ def agreed(final: Path, temporary: Path, errors: list[str]) -> bool:
     return not failed
 
 
+def replicated(engine: Any) -> bool:
+    """Whether every rank holds all of the average, so that rank 0 alone writes it."""
+    return bool(engine.zero_optimization_stage() == 0)
+
+
 def average_file(rank: int) -> str:
     return f"weight_average_rank{rank}.safetensors"
 
@@ -347,7 +394,7 @@ def load_checkpoint(path: Path, engine: Any, average: WeightAverage, spans: list
     with contextlib.nullcontext(path) if same_world else resharded(path, engine) as folder:
         loaded, _ = engine.load_checkpoint(str(folder), tag="engine", load_module_strict=whole)
     places = {f"{i:05d}": place for i, place in enumerate(local_slices(engine)) if place is not None}
-    ranks = [engine.global_rank] if same_world else range(saved["world_size"])
+    ranks = [0] if replicated(engine) else [engine.global_rank] if same_world else range(saved["world_size"])
     try:
         pieces = read_slices([path / average_file(rank) for rank in ranks], places)
     except (SafetensorError, OSError, KeyError, ValueError):
@@ -362,4 +409,6 @@ def load_checkpoint(path: Path, engine: Any, average: WeightAverage, spans: list
         assert held is not None
         held.copy_(piece.view_as(held))
     average.updates = saved["updates"]
-    return TrainState(spans, step=saved["step"], skipped=saved["skipped"], seconds=saved["seconds"])
+    return TrainState(
+        spans, saved["step"], saved["skipped"], saved["seconds"], saved.get("loss_sums", [])
+    )  # fmt: skip

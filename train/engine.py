@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import socket
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from conf.cli import ConfigError
 from data.files import UserError
 from train.config import LimitsConfig, TrainConfig
+from train.resharding import local_slices
 
 BUCKET = 2 * 10**8  # elements
 
@@ -65,7 +67,7 @@ def cpu_multiplies_bf16() -> bool:
 def resolve_precision(precision: str, cpu: bool = False) -> str:
     if precision != "auto":
         return precision
-    if torch.cuda.is_available() and not cpu:
+    if not cpu and torch.cuda.is_available():  # in this order: asking CUDA makes CUDA_VISIBLE_DEVICES final
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if cpu_multiplies_bf16() else "fp32"
 
@@ -90,6 +92,7 @@ def deepspeed_config(config: TrainConfig, precision: str, parameters: int) -> di
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},  # the loss's scale is found as it goes
         "steps_per_print": 10**9,  # our own log says it
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device at every step
         "zero_allow_untested_optimizer": True,
     }
 
@@ -134,8 +137,13 @@ def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
         weight_decay=config.optim.weight_decay,
         fused=not config.deepspeed.offload_optimizer,
     )
+    starts = [p.detach() for p in unet.parameters()] if precision != "fp32" else []  # they keep what is cast now
     engine, _ = accelerator.prepare(unet, optimizer)
+    if starts:
+        set_masters(engine, starts)
     engine.checkpoint_engine = CheckpointFiles()
+    if engine.zero_optimization_stage() == 0 and engine.world_size == 1:
+        engine.enable_backward_allreduce = False  # it copies all gradients there and back, with nobody to add
     engine._copy_recovery_script = lambda _: None  # a script beside the files, which could fail on one rank alone
     running = engine.zero_optimization_stage()
     if config.compile is not None:
@@ -143,6 +151,15 @@ def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
     if running != config.deepspeed.zero_stage:
         raise ConfigError(f"deepspeed.zero_stage={config.deepspeed.zero_stage}, but the engine runs stage {running}")
     return accelerator, engine
+
+
+@torch.no_grad()
+def set_masters(engine: Any, weights: list[Tensor]) -> None:
+    """Puts whole fp32 weights, in the parameters' order, into the masters; DeepSpeed takes 16-bit ones."""
+    for weight, master, place in zip(weights, local_masters(engine), local_slices(engine), strict=True):
+        if master is not None and place is not None:
+            piece = weight.flatten()[place[0] : place[0] + place[1]]  # ZeRO-3 pads the last rank's
+            master.flatten()[: len(piece)].copy_(piece)
 
 
 def all_agree(ok: bool, device: torch.device) -> bool:
@@ -173,13 +190,21 @@ def take_step(engine: Any, clip_norm: float) -> bool:
     """
     last = engine.is_gradient_accumulation_boundary()
     if last and not hasattr(engine.optimizer, "overflow"):
-        norm = nn.utils.clip_grad_norm_(engine.module.parameters(), clip_norm)
-        engine._global_grad_norm = float(norm)  # what get_global_grad_norm says
-        if not norm.isfinite():
+        norm = float(nn.utils.clip_grad_norm_(engine.module.parameters(), clip_norm))
+        engine._global_grad_norm = norm  # what get_global_grad_norm says
+        if not math.isfinite(norm):
             engine.module.zero_grad(set_to_none=True)
             engine.step()  # has nothing to do but to count
             return False
-    engine.step()
+    try:
+        engine.step()
+    except Exception as error:  # DeepSpeed's own is of no narrower kind
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise UserError(
+            "precision=fp16: gradients are not finite at the smallest scale; lower optim.lr, or begin anew with "
+            "precision=bf16 or fp32"
+        ) from None
     return not last or engine.was_step_applied()
 
 
@@ -215,12 +240,9 @@ def memory_explained(config: TrainConfig) -> Iterator[None]:
 def local_masters(engine: Any) -> list[Tensor | None]:
     """This rank's part of each parameter's fp32 master, in the parameters' order; None where it holds none.
 
-    Frozen parameters have none.
-
-    Views into the optimizer's own memory (DeepSpeed maps each parameter onto its flat fp32 partition).
+    Frozen parameters have none.  Views into the optimizer's own memory, on its device: the CPU where the optimizer is
+    offloaded.  They stay valid until a checkpoint is loaded.
     """
-    from deepspeed.utils import safe_get_local_fp32_param
-
     # ZeRO-0 in bf16 has its own, beside the parameters, in the same groups.
     own: dict[int, Tensor] = {}
     if hasattr(engine.optimizer, "fp32_groups"):
@@ -233,7 +255,8 @@ def local_masters(engine: Any) -> list[Tensor | None]:
         elif id(parameter) in own:
             masters.append(own[id(parameter)])
         elif hasattr(parameter, "ds_id"):  # ZeRO-3
-            masters.append(safe_get_local_fp32_param(parameter))
+            group, start, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+            masters.append(engine.optimizer.fp32_partitioned_groups_flat[group].narrow(0, start, length))
         elif getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO-1 and 2
             masters.append(parameter._hp_mapping.get_hp_fragment())
         elif hasattr(engine.optimizer, "bf16_groups") or engine.zero_optimization_stage() > 0:
@@ -252,47 +275,44 @@ class WeightAverage:
     def __init__(self, engine: Any, decay: float):
         self.engine, self.decay, self.updates = engine, decay, 0
         self.average = [None if m is None else m.detach().clone() for m in local_masters(engine)]
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # average and master, found at the first update
 
     @torch.no_grad()
     def update(self) -> None:
+        if not self.pairs:
+            masters = local_masters(self.engine)
+            self.pairs = [(a, m.detach()) for a, m in zip(self.average, masters, strict=True)
+                          if a is not None and m is not None]  # fmt: skip
         self.updates += 1
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        pairs = [(a, m) for a, m in zip(self.average, local_masters(self.engine), strict=True) if a is not None]
-        torch._foreach_lerp_([a for a, _ in pairs], [m.detach() for _, m in pairs if m is not None], weight)
+        torch._foreach_lerp_([a for a, _ in self.pairs], [m for _, m in self.pairs], weight)
 
     @torch.no_grad()
     def gather(self) -> dict[str, Tensor] | None:
         """The averaged trained weights, whole, in fp32 on the CPU of rank 0; None elsewhere.  Every rank must call it.
 
-        The average stands in for the masters while DeepSpeed assembles them; the masters come back afterwards.
+        Of one parameter at a time the average stands in for the master while DeepSpeed assembles it, and the master
+        comes back: no second copy of all weights is held on the device.
         """
         from deepspeed.utils import safe_get_full_fp32_param
 
-        masters = local_masters(self.engine)
-        kept = [None if m is None else m.detach().clone() for m in masters]
-        self._write(self.average)
         gathered = {}
-        for (name, parameter), master in zip(self.engine.module.named_parameters(), masters, strict=True):
+        for (name, parameter), master, average in zip(
+            self.engine.module.named_parameters(), local_masters(self.engine), self.average, strict=True
+        ):
             if not parameter.requires_grad:
                 continue
+            kept = None
+            if master is not None and average is not None:
+                kept = master.detach().clone()
+                master.data.copy_(average)
             whole = safe_get_full_fp32_param(parameter)
             if whole is None:  # ZeRO-0: every rank has all of it
                 assert master is not None
                 whole = master.data
             if self.engine.global_rank == 0:
-                gathered[name] = whole.detach().float().cpu().clone()
-        self._write(kept)
+                gathered[name] = whole.detach().float().to("cpu", copy=True)
+            if kept is not None:
+                assert master is not None
+                master.data.copy_(kept)
         return gathered if self.engine.global_rank == 0 else None
-
-    def _write(self, values: list[Tensor | None]) -> None:
-        from deepspeed.utils import safe_set_local_fp32_param
-
-        for parameter, master, value in zip(
-            self.engine.module.parameters(), local_masters(self.engine), values, strict=True
-        ):
-            if master is None or value is None:
-                continue
-            if hasattr(parameter, "ds_id"):
-                safe_set_local_fp32_param(parameter, value)
-            else:
-                master.data.copy_(value)

@@ -20,6 +20,7 @@ from train.interruption import Interruption, peers_needed
 from train.objective import choose_branch, training_loss
 from train.profiling import profiled
 from train.set_up import Run, is_main, print_main, set_up, watched
+from train.skips import TooManySkips
 from train.validation import held_out_losses, sample_grid
 
 
@@ -37,6 +38,8 @@ def run_to_the_end(config: TrainConfig) -> None:
         try:
             run_steps(run)
         except UserError as error:
+            if isinstance(error, TooManySkips):  # all ranks are here: what is being written becomes a checkpoint
+                run.checkpoints.finish()
             alert(run, "stopped", str(error), "ERROR")
             if run.monitor is not None:
                 run.monitor.close(status=2)
@@ -47,6 +50,8 @@ def run_steps(run: Run) -> None:
     config, state, checkpoints = run.config, run.state, run.checkpoints
     interruption = Interruption()
     run.meter.reset()
+    if run.is_main and run.state.loss_sums:
+        run.meter.restore(run.state.loss_sums)
     with (
         Progress(f"stage {config.stage}", config.steps, "step", state.step, show=run.is_main) as progress,
         profiled(config.profile, run.folder / "profile", run.is_main) as profiler,
@@ -68,9 +73,10 @@ def run_steps(run: Run) -> None:
             # Save while training goes on, or end where that was asked for.
             noted = interruption.noted or (updated and state.step - first == config.end_after)
             asked_to_end, writing = any_rank([noted, checkpoints.writing], run.engine.device)
-            if not writing:
+            if not writing and checkpoints.pending is not None:
+                run.watchdog.enter("checkpoint", f"the end of the checkpoint of step {checkpoints.pending['step']}")
                 checkpoints.finish()
-            if last or asked_to_end or (updated and state.step % config.checkpoint_every == 0):
+            if last or asked_to_end or (updated and checkpoints.due(state.step)):
                 save(run, wait=last or asked_to_end)
             if asked_to_end and not last:
                 end_early(run)
@@ -127,6 +133,7 @@ def optimize(run: Run) -> bool:
 def save(run: Run, wait: bool) -> None:
     """A checkpoint, begun or whole.  Collective."""
     run.watchdog.enter("checkpoint", f"the checkpoint of step {run.state.step}")
+    run.state.loss_sums = run.meter.totals()
     run.checkpoints.begin(run.state)
     if wait:
         run.checkpoints.finish()
@@ -134,7 +141,10 @@ def save(run: Run, wait: bool) -> None:
 
 def end_early(run: Run) -> None:
     """Exits with REQUEUE.  Collective."""
-    words = f"asked to end; saved at step {run.checkpoints.saved}, and the same command goes on from there"
+    saved = run.checkpoints.saved
+    words = (
+        f"asked to end; {f'saved at step {saved}' if saved else 'nothing to save yet'}, and the same command goes on"
+    )
     alert(run, "asked to end", words)
     close(run)
     print_main(f"stage {run.config.stage}: {words}")
@@ -207,7 +217,7 @@ def validate(run: Run) -> None:
     if run.is_main:
         try:
             held_out_figures(run)
-        except (UserError, OSError, RuntimeError) as error:
+        except (UserError, OSError, RuntimeError, ValueError) as error:
             words = f"the validation of step {run.state.step} failed: {error}"
             print(f"warning: {words}; training goes on", flush=True)
             alert(run, "validation failed", words, "WARN")

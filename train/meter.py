@@ -51,12 +51,23 @@ class Meter:
         self.objects += len(loss)
         self.computed += self.flops.get(branch, 0.0) * len(loss)
 
+    def totals(self) -> list[list[float]]:
+        """Sums and counts of all ranks since the last report; what a run keeps that goes on later.  Collective."""
+        totals = torch.stack([self.sums, self.counts])
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def restore(self, totals: list[list[float]]) -> None:
+        """Of one rank, since they are of all."""
+        self.sums, self.counts = (torch.tensor(one, dtype=torch.float64, device=self.device) for one in totals)
+
     def report(self, views: int, steps_left: int) -> dict[str, float]:
         """Of all ranks since the last report, and begins anew.  Collective."""
         world = dist.get_world_size()
-        totals = torch.stack([self.sums, self.counts])
-        dist.all_reduce(totals)
-        sums, counts = totals.tolist()
+        sums, counts = self.totals()
+        slowest = torch.tensor([self.waited, float(memory_peak(self.device))], dtype=torch.float64, device=self.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)  # one rank's slow data is waited for by all
+        waited, memory = slowest.tolist()
         names = [f"loss/{branch}" for branch in BRANCHES]
         width = self.timesteps // BANDS
         names += [f"loss/t{band * width}-{(band + 1) * width - 1}" for band in range(BANDS)]
@@ -69,10 +80,10 @@ class Meter:
             "steps_per_s": self.steps / seconds,
             "samples_per_s": world * self.objects / seconds,
             "images_per_s": world * self.objects * views / seconds,
-            "data_wait_share": self.waited / seconds,
+            "data_wait_share": waited / seconds,
             "tflops_per_s_a_process": rate / 1e12,
             "eta_s": steps_left * seconds / max(self.steps, 1),
-            "memory_gib": memory_peak(self.device) / GIB,
+            "memory_gib": memory / GIB,
         }
         if self.peak is not None:
             values["mfu"] = rate / self.peak

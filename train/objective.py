@@ -147,6 +147,7 @@ def training_loss(
     else:
         output = predict_noise_output(unet, noisy, timesteps, context, camera)
 
-    weight = snr_weight(scheduler.alphas_cumprod, config.min_snr_gamma, scheduler.config.prediction_type).to(device)
+    alpha_bar = scheduler.alphas_cumprod.to(device)[timesteps]
+    weight = snr_weight(alpha_bar, config.min_snr_gamma, scheduler.config.prediction_type)
     squared = (output.float() - target.float()).square().flatten(1).mean(dim=1)
-    return squared * weight[timesteps], timesteps
+    return squared * weight, timesteps

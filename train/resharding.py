@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import pickle
 import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -60,7 +61,9 @@ def convert(source: Path, target: Path) -> str | None:
         target.mkdir(parents=True)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             main(choices)
-    except (OSError, RuntimeError, ValueError, AssertionError, BrokenProcessPool) as error:
+    except (
+        OSError, RuntimeError, ValueError, KeyError, AssertionError, pickle.UnpicklingError, BrokenProcessPool
+    ) as error:  # fmt: skip
         shutil.rmtree(target.parent, ignore_errors=True)
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
     return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from data.files import UserError, atomic_file, read_json, require_writable
+from data.files import UserError, atomic_file, require_writable
 from data.shards import Cameras
 from data.stream import Batch, ViewDataset, micro_batches
 from models.checkpoint import ExportInfo, MultiViewModel, read_info
@@ -137,8 +137,9 @@ def set_up(config: TrainConfig, watchdog: Watchdog) -> Run | None:
     require_one_precision(marks["precision"])
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is not None:
-        if read_json(newest / "state.json", "checkpoint") != last_state:  # a damaged one was passed over
-            dataset, spans = open_dataset(config, folder, newest_state(folder / "checkpoints"), write=False)
+        found = read_state(newest)
+        if found is not None and found != last_state:  # a damaged one was passed over
+            dataset, spans = open_dataset(config, folder, found, write=False)
         state = load_checkpoint(newest, engine, average, spans)
         print_main(f"stage {config.stage}: going on from {newest}")
     model = MultiViewModel(
@@ -151,7 +152,7 @@ def set_up(config: TrainConfig, watchdog: Watchdog) -> Run | None:
     batch, micro, world, rank = config.batch_size, config.micro_batch_size, engine.world_size, engine.global_rank
     shape, steps = (config.data.num_views, *model.latent_shape), model.scheduler.config.num_train_timesteps
     noise = partial(draw, config.objective, config.seed, shape=shape, steps=steps, references=dataset.num_references)
-    return Run(
+    run = Run(
         config=config,
         folder=folder,
         damage=damage,
@@ -165,7 +166,7 @@ def set_up(config: TrainConfig, watchdog: Watchdog) -> Run | None:
         average=average,
         state=state,
         checkpoints=Checkpoints(folder / "checkpoints", engine, average, marks, config, state.step),
-        skips=Skips(config.max_skipped),
+        skips=Skips(config.max_skipped, scaled=resolve_precision(config.precision) == "fp16"),
         meter=Meter(
             engine.device,
             model.scheduler.config.num_train_timesteps,
@@ -174,6 +175,8 @@ def set_up(config: TrainConfig, watchdog: Watchdog) -> Run | None:
         ),
         monitor=watch(config, folder, state.step, marks) if is_main() else None,
     )
+    dist.barrier()  # W&B may take its time: until it is there no rank's first step has begun
+    return run
 
 
 def watch(config: TrainConfig, folder: Path, step: int, marks: dict[str, Any]) -> Monitor:

@@ -19,14 +19,16 @@ from train.config import LimitsConfig
 
 HUNG = os.EX_TEMPFAIL  # as a run exits that wants to be started again: the last checkpoint is whole
 SLOWEST_BEAT = 15.0  # seconds
+GRACE = 60.0  # seconds for finding out whose fault it is, before this process ends in any case
 
 
 class Watchdog:
-    """A thread beside the training that ends this process when one phase lasts beyond its limit.
+    """Threads beside the training that end this process when one phase lasts beyond its limit.
 
     Every rank enters the same phases in the same order.  So the rank to blame is one whose thread has fallen silent
     (stopped, or its node is gone), or else one that is in an earlier phase than the others.  Files, not the process
-    group, because that is what hangs; signs of life are counted, not dated, because nodes' clocks differ.
+    group, because that is what hangs; signs of life are counted, not dated, because nodes' clocks differ.  Should the
+    file system hang as well, all end without a name: what watches the time touches no file.
     """
 
     def __init__(self, folder: Path, limits: LimitsConfig, rank: int, world: int):
@@ -37,10 +39,14 @@ class Watchdog:
         self.since = time.monotonic()
         self.end: Callable[[int], Any] = os._exit  # the main thread may hang where no exception reaches it
         self.closed = threading.Event()
-        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.threads = [
+            threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True)
+            for work in (self._beat_on, self._watch)
+        ]
         if longest:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.thread.start()
+            for thread in self.threads:
+                thread.start()
 
     def enter(self, phase: str, doing: str) -> None:
         """phase: set_up, step or checkpoint; doing: what messages call it."""
@@ -50,14 +56,19 @@ class Watchdog:
 
     def close(self) -> None:
         self.closed.set()
-        if self.thread.ident is not None:
-            self.thread.join()
+        if self.threads[0].ident is not None:
+            for thread in self.threads:
+                thread.join()
             self._file(self.rank).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # until the last rank is gone
                 self.folder.rmdir()
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}.json"
+
+    def _beat_on(self) -> None:
+        while not self.closed.wait(self.period):
+            self._beat()
 
     def _beat(self) -> None:
         self.beats += 1
@@ -82,21 +93,19 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self.closed.wait(self.period):
-            self._beat()
             limit, lasted = self.limits[self.kind], time.monotonic() - self.since
             if 0 < limit < lasted:
+                in_any_case = threading.Timer(4 * self.period + GRACE, lambda: self.end(HUNG))
+                in_any_case.daemon = True
+                in_any_case.start()
                 self._give_up(limit)
-                return
+                in_any_case.cancel()
 
     def _give_up(self, limit: float) -> None:
+        """Ends this process, unless it goes on after all."""
         count, doing = self.count, self.doing
         before = self._read()
-        for _ in range(4):  # others beat meanwhile, if they live
-            if self.closed.wait(self.period):
-                return
-            self._beat()
-        if self.count != count:  # it went on after all
-            self._watch()
+        if self.closed.wait(4 * self.period) or self.count != count:  # others beat meanwhile, if they live
             return
         words = blame(before, self._read(), self.rank)
         print(

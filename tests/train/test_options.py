@@ -37,12 +37,13 @@ def test_compiled_and_profiled_it_learns_the_same(tiny, tmp_path) -> None:
     assert "Compiled" in (folder / "operators.txt").read_text() or "aten::" in (folder / "operators.txt").read_text()
 
 
-def test_a_checkpoint_in_the_foreground_is_the_same(quiet, tiny, tmp_path) -> None:
-    more = ["checkpoint_in_background=false", "keep_checkpoints=1", "milestone_every=4"]
+def test_a_checkpoint_in_the_foreground_and_checkpointed_gradients_are_the_same(quiet, tiny, tmp_path) -> None:
+    more = ["checkpoint_in_background=false", "keep_checkpoints=1", "milestone_every=3",
+            "gradient_checkpointing=true"]  # fmt: skip
     done = train(tiny, tmp_path / "run", *more)
     assert done.returncode == 0, done.stderr[-3000:]
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step_00000004", "step_00000006"], "the newest, and the milestone"
+    assert kept == ["step_00000003", "step_00000006"], "the newest, and the milestone"
     assert losses(tmp_path / "run") == losses(quiet)
     states = [
         json.loads((out / "checkpoints" / "step_00000006" / "state.json").read_text())["files"]
@@ -52,3 +53,15 @@ def test_a_checkpoint_in_the_foreground_is_the_same(quiet, tiny, tmp_path) -> No
     for rank in range(2):  # the order of a safetensors file's metadata is chance
         pair = [load_file(out / "checkpoints/step_00000006" / average_file(rank)) for out in (quiet, tmp_path / "run")]
         assert pair[0].keys() == pair[1].keys() and all(torch.equal(pair[0][name], pair[1][name]) for name in pair[0])
+
+
+def test_what_is_reported_survives_an_end_between_two_reports(quiet, tiny, tmp_path) -> None:
+    """Step 6's row is of steps 4 to 6, though 4 was another process's."""
+    out, given = tmp_path / "run", ["log_every=3"]
+    assert train(tiny, out, *given, "end_after=4").returncode == 75
+    done = train(tiny, out, *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    each = [loss for _, loss in losses(quiet)]
+    expected = [(3, sum(each[:3]) / 3), (6, sum(each[3:]) / 3)]
+    assert [step for step, _ in losses(out)] == [3, 6]
+    assert [loss for _, loss in losses(out)] == pytest.approx([loss for _, loss in expected], rel=1e-12)

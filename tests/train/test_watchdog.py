@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +45,31 @@ def test_the_one_that_waits_names_the_one_that_is_silent(tmp_path, capfd) -> Non
     assert "rank 0 has been in step 8 for more than 0.5 s (limits.step_s): no sign of life from rank 1" in words
     waiting.close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(60)
+def test_ends_also_where_the_file_system_hangs(tmp_path, monkeypatch) -> None:
+    """As on a server that no longer answers: whoever touches a file waits for ever."""
+    ended: list[int] = []
+    hang, release = threading.Event(), threading.Event()
+    monkeypatch.setattr("train.watchdog.GRACE", 0.5)
+    watchdog = Watchdog(tmp_path, LimitsConfig(step_s=0.5), rank=0, world=2)
+    watchdog.end = ended.append
+
+    def never(rank: int) -> Path:
+        hang.set()
+        release.wait()
+        return tmp_path / f"late_{rank}"
+
+    monkeypatch.setattr(watchdog, "_file", never)
+    watchdog.enter("step", "step 8")
+    while not ended:
+        time.sleep(0.05)
+    assert hang.is_set() and ended == [HUNG]
+    watchdog.closed.set()
+    release.set()
+    for thread in watchdog.threads:
+        thread.join()
 
 
 @pytest.mark.timeout(60)

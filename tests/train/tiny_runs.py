@@ -47,12 +47,13 @@ def begin(tiny: Path, out: Path, *more: str, stage: int = 1, processes: int = 2,
     return Ranks(words, processes, log, nodes)
 
 
-def begun(tiny: Path, out: Path, *more: str) -> Ranks:
-    """Two ranks, as soon as the first checkpoint is there."""
+def begun(tiny: Path, out: Path, *more: str, steps: int = 2) -> Ranks:
+    """Two ranks, as soon as so many steps are done and the first checkpoint is there."""
     run = begin(tiny, out, *more)
     deadline = time.monotonic() + 600
-    while not (out / "checkpoints" / "step_00000002").is_dir():
-        assert time.monotonic() < deadline, f"no checkpoint appeared\n{run.stdout}{run.stderr}"
+    while not any((out / "checkpoints").glob("step_*")) or len(losses(out)) < steps:
+        alive = any(Path(f"/proc/{rank}").is_dir() for rank in run.ranks)
+        assert alive and time.monotonic() < deadline, f"no checkpoint appeared\n{run.stdout}{run.stderr}"
         time.sleep(0.05)
     return run
 
@@ -76,7 +77,8 @@ def set_up(config: TrainConfig) -> Run | None:
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # else it is being written
     return [(row["global_step"], row["loss"]) for row in rows if "loss" in row]
 
 
