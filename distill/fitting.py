@@ -19,15 +19,15 @@ from distill.turntable import render_views
 from distill.volume import OccupancyGrid, VolumeConfig, render
 from models.image_metrics import psnr
 
-LR_GRID, LR_NETWORK, LR_END = 0.02, 0.02, 0.1  # rates at the start; the share of them at the end
+LR_GRID, LR_NETWORK, LR_END = 0.02, 0.01, 0.05  # rates at the start; the share of them at the end
 BOUND = 0.6
 
 
 @dataclass
 class FitConfig:
-    steps: int = 600
-    rays: int = 2048  # a step
-    depth_variance: float = 3.0  # weight of a thin surface, rising from a third of the run on
+    steps: int = 1200
+    rays: int = 4096  # a step
+    depth_variance: float = 1.0  # weight of a thin surface, rising from a third of the run on
     opacity: float = 0.1  # weight of the pictures' alpha, where they have one
     levels: int = 10
     log2_entries: int = 16
