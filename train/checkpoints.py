@@ -148,7 +148,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; damaged ones after it are set aside under another name, and said.  Collective.
 
     Each rank reads its share of the files, and all of them must be as they were written.  UserError when there are
-    checkpoints and none is whole, or one cannot be read here, or is damaged for one rank and whole for rank 0: then
+    checkpoints and none is whole, or one cannot be read here, or is damaged for one rank and whole for another: then
     none is touched.
     """
     damaged: dict[str, str] = {}
@@ -159,7 +159,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         everyone: list[list[str]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, found)
         wrong = [line for one in everyone for line in one]
-        require_for_all(folder / name, everyone)
+        require_for_all(folder / name, wrong)
         if not wrong:
             if dist.get_rank() == 0:
                 set_aside(folder, damaged)
@@ -172,18 +172,20 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def require_for_all(path: Path, wrong: list[list[str]]) -> None:
-    """UserError where what ranks found `wrong` looks whole to rank 0, as with a mount that is stale.  Collective."""
-    doubted: list[list[str]] = [[]]
-    if dist.get_rank() == 0 and any(wrong):
-        seen = damaged_files(path, 0, 1)
-        doubted = [[f"rank {rank}: {line}" for rank, lines in enumerate(wrong) for line in lines if line not in seen]]
-    dist.broadcast_object_list(doubted, src=0)
-    if doubted[0]:
-        raise UserError(
-            f"checkpoint {path}: {doubted[0][0]}, but it is whole where rank 0 runs; mend that machine's file system "
-            "and start again, the checkpoint stays as it is"
-        )
+def require_for_all(path: Path, wrong: list[str]) -> None:
+    """UserError where not all ranks see what is `wrong`, as with a mount that is stale.  Collective."""
+    if not wrong:
+        return
+    mine = (socket.gethostname(), sorted(set(damaged_files(path, 0, 1, only=wrong)) & set(wrong)))
+    everyone: list[tuple[str, list[str]]] = [("", [])] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for line in wrong:
+        hosts = {seen: sorted({host for host, lines in everyone if (line in lines) is seen}) for seen in (True, False)}
+        if hosts[False]:
+            raise UserError(
+                f"checkpoint {path}: {line} on {', '.join(hosts[True]) or 'a machine'}, but is whole on "
+                f"{', '.join(hosts[False])}; mend that file system and start again, the checkpoint stays as it is"
+            )
 
 
 def set_aside(folder: Path, damaged: dict[str, str]) -> None:
@@ -196,8 +198,8 @@ def set_aside(folder: Path, damaged: dict[str, str]) -> None:
         print(f"warning: {folder / name} is damaged ({why}) and set aside as {aside.name}", flush=True)
 
 
-def damaged_files(path: Path, rank: int, world: int) -> list[str]:
-    """What is wrong with this rank's share of a checkpoint's files.
+def damaged_files(path: Path, rank: int, world: int, only: list[str] | None = None) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files; or of those alone that lines of it, `only`, name.
 
     UserError where one cannot be read though it is there: this machine's fault, which others may not have.
     """
@@ -205,6 +207,8 @@ def damaged_files(path: Path, rank: int, world: int) -> list[str]:
     if saved is None:
         return ["state.json is not what was written"]
     files = sorted(saved["files"].items())
+    if only is not None:
+        files = [(name, mark) for name, mark in files if any(line.startswith(f"{name} ") for line in only)]
     wrong = []
     for name, expected in files[rank::world]:
         try:

@@ -107,7 +107,7 @@ def state_bytes(parameters: int, trained: int, zero_stage: int, world: int, offl
         "weights, bf16": 2.0 * parameters * shard[2],
         "gradients, bf16": 2.0 * trained * shard[1],
         "fp32 masters and Adam's moments": 12.0 * trained * shard[0] * on_gpu,
-        "weight average, fp32": 4.0 * trained * shard[0],
+        "weight average, fp32": 4.0 * trained * shard[0] * on_gpu,  # it lies where the masters do
     }
 
 

@@ -141,6 +141,7 @@ def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
     engine, _ = accelerator.prepare(unet, optimizer)
     if starts:
         set_masters(engine, starts)
+        forget_steps(engine)
     engine.checkpoint_engine = CheckpointFiles()
     if engine.zero_optimization_stage() == 0 and engine.world_size == 1:
         engine.enable_backward_allreduce = False  # it copies all gradients there and back, with nobody to add
@@ -155,11 +156,27 @@ def build_engine(config: TrainConfig, unet: nn.Module) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def set_masters(engine: Any, weights: list[Tensor]) -> None:
-    """Puts whole fp32 weights, in the parameters' order, into the masters; DeepSpeed takes 16-bit ones."""
-    for weight, master, place in zip(weights, local_masters(engine), local_slices(engine), strict=True):
+    """Puts rank 0's whole fp32 weights, in the parameters' order, into the masters; DeepSpeed takes 16-bit ones."""
+    for parameter, weight, master, place in zip(
+        engine.module.parameters(), weights, local_masters(engine), local_slices(engine), strict=True
+    ):
+        if not parameter.requires_grad:
+            continue
+        shared = weight.to(engine.device, copy=True).contiguous()
+        dist.broadcast(shared, src=0)
         if master is not None and place is not None:
-            piece = weight.flatten()[place[0] : place[0] + place[1]]  # ZeRO-3 pads the last rank's
+            piece = shared.flatten()[place[0] : place[0] + place[1]]  # ZeRO-3 pads the last rank's
             master.flatten()[: len(piece)].copy_(piece)
+
+
+def forget_steps(engine: Any) -> None:
+    """Adam begins to count at its first step; DeepSpeed makes room for its moments by one without gradients."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"].zero_()
+        elif "step" in state:
+            state["step"] = 0
 
 
 def all_agree(ok: bool, device: torch.device) -> bool:
@@ -201,11 +218,15 @@ def take_step(engine: Any, clip_norm: float) -> bool:
     except Exception as error:  # DeepSpeed's own is of no narrower kind
         if "loss scale already at minimum" not in str(error):
             raise
-        raise UserError(
+        raise OnEveryRank(
             "precision=fp16: gradients are not finite at the smallest scale; lower optim.lr, or begin anew with "
             "precision=bf16 or fp32"
         ) from None
     return not last or engine.was_step_applied()
+
+
+class OnEveryRank(UserError):
+    """Raised by all ranks at the same point: a collective may still follow."""
 
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")

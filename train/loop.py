@@ -15,12 +15,11 @@ from data.processes import REQUEUE, locked
 from data.progress import Progress
 from models.checkpoint import save_export
 from train.config import OptimConfig, TrainConfig
-from train.engine import any_rank, memory_explained, take_step
+from train.engine import OnEveryRank, any_rank, memory_explained, take_step
 from train.interruption import Interruption, peers_needed
 from train.objective import choose_branch, training_loss
 from train.profiling import profiled
 from train.set_up import Run, is_main, print_main, set_up, watched
-from train.skips import TooManySkips
 from train.validation import held_out_losses, sample_grid
 
 
@@ -38,7 +37,8 @@ def run_to_the_end(config: TrainConfig) -> None:
         try:
             run_steps(run)
         except UserError as error:
-            if isinstance(error, TooManySkips):  # all ranks are here: what is being written becomes a checkpoint
+            if isinstance(error, OnEveryRank):  # what is being written becomes a checkpoint
+                run.watchdog.enter("checkpoint", "the checkpoint that was being written")
                 run.checkpoints.finish()
             alert(run, "stopped", str(error), "ERROR")
             if run.monitor is not None:
@@ -142,9 +142,8 @@ def save(run: Run, wait: bool) -> None:
 def end_early(run: Run) -> None:
     """Exits with REQUEUE.  Collective."""
     saved = run.checkpoints.saved
-    words = (
-        f"asked to end; {f'saved at step {saved}' if saved else 'nothing to save yet'}, and the same command goes on"
-    )
+    kept = f"saved at step {saved}" if run.state.step else "nothing to save yet"
+    words = f"asked to end; {kept}, and the same command goes on"
     alert(run, "asked to end", words)
     close(run)
     print_main(f"stage {run.config.stage}: {words}")

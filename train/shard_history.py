@@ -15,6 +15,7 @@ from data.shards import Manifest, damaged_shards, manifest_bytes, mark, parse_ma
 from data.sources import ShardFolder
 from data.stream import Span, ViewDataset
 from train.config import DataConfig, TrainConfig
+from train.engine import OnEveryRank
 
 SHOWN = 10  # damaged objects that an error lists; all are in the run folder's damaged.jsonl
 
@@ -145,7 +146,7 @@ class Damage:
         self.new |= {uid: reason for uid, reason in damaged.items() if uid not in self.found}
 
     def gather(self, is_main: bool) -> int:
-        """Number of damaged objects known to all ranks.  Collective; UserError on every rank beyond the set share."""
+        """Number of damaged objects known to all ranks.  Collective; OnEveryRank beyond the set share."""
         everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, self.new)
         fresh = {uid: reason for one in everyone for uid, reason in one.items() if uid not in self.found}
@@ -161,7 +162,7 @@ class Damage:
     def stop_beyond_share(self) -> None:
         if len(self.found) > self.share * self.total:
             listed = "".join(f"\n  {reason}" for reason in sorted(set(self.found.values()))[:SHOWN])
-            raise UserError(
+            raise OnEveryRank(
                 f"{self.where}: {len(self.found)} of {self.total} objects are damaged, more than data.max_damaged="
                 f"{self.share:g} of them; copy those shards again, or raise data.max_damaged. The first:{listed}"
             )

@@ -7,14 +7,10 @@ import math
 import torch
 import torch.distributed as dist
 
-from data.files import UserError
 from train.checkpoints import TrainState
+from train.engine import OnEveryRank
 
 SHOWN = 10  # objects that a message lists
-
-
-class TooManySkips(UserError):
-    """Raised on every rank."""
 
 
 class Skips:
@@ -27,7 +23,7 @@ class Skips:
     def note(self, state: TrainState, losses: list[tuple[list[str], torch.Tensor]]) -> str:
         """A batch that left no step.  losses: of this rank's micro-batches, the objects and the loss of each.
 
-        Returns what happened, in words.  Collective; TooManySkips on every rank after more than `most` in a row.
+        Returns what happened, in words.  Collective; OnEveryRank on every rank after more than `most` in a row.
         """
         state.skipped += 1
         self.named = self.named if self.in_a_row else {}
@@ -50,7 +46,7 @@ class Skips:
         what = f"the loss of {listed(keys)} is not finite" if keys else f"a gradient is not finite, of {listed(seen)}"
         words = f"after step {state.step}: {what}; batch {state.batch - 1} is left out"
         if self.in_a_row > self.most:
-            raise TooManySkips(
+            raise OnEveryRank(
                 f"{words}, with it {self.in_a_row} in a row, and max_skipped={self.most}; lower optim.lr or lengthen "
                 f"optim.warmup_steps, look at {listed(list(self.named))}, and start again: the run goes on from its "
                 "last checkpoint"

@@ -58,7 +58,9 @@ class Watchdog:
         self.closed.set()
         if self.threads[0].ident is not None:
             for thread in self.threads:
-                thread.join()
+                thread.join(GRACE)
+            if any(thread.is_alive() for thread in self.threads):  # in a file system that hangs
+                return
             self._file(self.rank).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # until the last rank is gone
                 self.folder.rmdir()
@@ -93,17 +95,21 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self.closed.wait(self.period):
-            limit, lasted = self.limits[self.kind], time.monotonic() - self.since
+            count, limit, lasted = self.count, self.limits[self.kind], time.monotonic() - self.since
             if 0 < limit < lasted:
-                in_any_case = threading.Timer(4 * self.period + GRACE, lambda: self.end(HUNG))
+                in_any_case = threading.Timer(4 * self.period + GRACE, self._end_if_still_at, [count])
                 in_any_case.daemon = True
                 in_any_case.start()
-                self._give_up(limit)
+                self._give_up(limit, count)
                 in_any_case.cancel()
 
-    def _give_up(self, limit: float) -> None:
-        """Ends this process, unless it goes on after all."""
-        count, doing = self.count, self.doing
+    def _end_if_still_at(self, count: int) -> None:
+        if self.count == count and not self.closed.is_set():
+            self.end(HUNG)
+
+    def _give_up(self, limit: float, count: int) -> None:
+        """Ends this process, unless it goes on after all from where it was at `count`."""
+        doing = self.doing
         before = self._read()
         if self.closed.wait(4 * self.period) or self.count != count:  # others beat meanwhile, if they live
             return

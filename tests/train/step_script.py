@@ -38,6 +38,12 @@ def state(engine: Any) -> str:
     return digest.hexdigest()
 
 
+def steps_counted(engine: Any) -> list[float]:
+    """By Adam, of each parameter."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return sorted({float(one["step"]) for one in optimizer.state.values() if "step" in one})
+
+
 def clipped_norm(engine: Any, beta: float, sharded: bool) -> float:
     """Of the gradient that Adam has seen at its first step: its first moment is (1 - beta) of it."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -112,6 +118,7 @@ def run(stage: int, precision: str, offload: str, steps: tuple[Any, ...]) -> dic
         "average_off": max(off, default=0.0),
         "gathered": [v for t in gathered.values() for v in t.flatten().tolist()] if gathered is not None else None,
         "applied": applied, "unchanged": unchanged, "state": state(engine), "updates": average.updates,
+        "counted": steps_counted(engine),
         "running": [engine.zero_optimization_stage(), str(kind)],
     }  # fmt: skip
 

@@ -66,7 +66,7 @@ def test_zero_shards_what_it_says() -> None:
     assert sum(state_bytes(10**9, 10**9, 1, 8, False).values()) == 4e9 + 2e9
     assert sum(state_bytes(10**9, 10**9, 2, 8, False).values()) == 2e9 + 2e9 / 8 + 2e9
     assert sum(state_bytes(10**9, 10**9, 3, 8, False).values()) == pytest.approx(20e9 / 8)
-    assert sum(state_bytes(10**9, 10**9, 2, 8, True).values()) == 2e9 + 2e9 / 8 + 4e9 / 8
+    assert sum(state_bytes(10**9, 10**9, 2, 8, True).values()) == 2e9 + 2e9 / 8
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def test_a_step_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(found, eng
         assert spoiled["unchanged"] == [True, True]
         assert spoiled["updates"] == quiet["updates"] == 3
         assert spoiled["state"] == quiet["state"]
+        assert spoiled["counted"] == quiet["counted"] == [3.0]
 
 
 @pytest.mark.slow
