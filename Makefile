@@ -41,7 +41,7 @@ test:
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy conf data models train distill monitor demo doctor
+	$(BIN)/mypy conf data models train distill monitor demo doctor study
 	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch slurm/site.env demo/*.sh
 	$(BIN)/python -m pytest -m "not gpu and not slow" -q
 

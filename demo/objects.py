@@ -43,7 +43,10 @@ def fetch_objects(cache: Path) -> tuple[Path, str]:
 
 
 def fetch_library(library: Path) -> None:
-    """Downloads the package with apt and copies the CC0 library out of it; installs nothing.  Raises NotFetched."""
+    """Downloads the package with apt and copies the library of this name out of it; installs nothing.
+
+    Raises NotFetched.
+    """
     for program in ("apt-get", "dpkg-deb"):
         if shutil.which(program) is None:
             raise NotFetched(f"there is no {program} here")
@@ -57,9 +60,9 @@ def fetch_library(library: Path) -> None:
         print(f"objects: downloading Debian's {PACKAGE} (120 MB)", flush=True)
         package = download(work.absolute())
         command(["dpkg-deb", "-x", str(package), str(work / "unpacked")])
-        found = work / "unpacked" / "usr" / "share" / "sweethome3d" / "furniture" / LIBRARY
+        found = work / "unpacked" / "usr" / "share" / "sweethome3d" / "furniture" / library.name
         if not found.is_file():
-            raise NotFetched(f"{package.name} holds no {LIBRARY}")
+            raise NotFetched(f"{package.name} holds no {library.name}")
         with atomic_file(library) as temporary:
             shutil.copyfile(found, temporary)
     finally:

@@ -113,12 +113,14 @@ def values_of(step: Step) -> list[str]:
 def run_step(step: Step, number: int, total: int, out: Path, before: str) -> str:
     """Runs one command unless it has run with the same inputs; returns the fingerprint for the next.
 
+    total: of all steps; 0 where it is not known.
+
     Raises UserError with the command when it fails.
     """
     fingerprint = hashlib.sha256(json.dumps([before, step.command[1:], values_of(step)]).encode()).hexdigest()
     done = out / "steps" / f"{step.name}.json"
     record = json.loads(done.read_text()) if done.is_file() else {}
-    title = f"[{number}/{total}] {step.name}"
+    title = f"[{number}/{total}] {step.name}" if total else f"[{number}] {step.name}"
     if record.get("fingerprint") == fingerprint and record.get("finished") and step.makes.exists():
         print(f"{title}: done already ({record['seconds']:.0f} s)", flush=True)
         return fingerprint

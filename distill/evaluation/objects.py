@@ -155,7 +155,9 @@ def read_mesh(path: Path, merged: bool = False) -> trimesh.Trimesh:
     merged: equal vertices become one, as `trimesh.load` has it by itself.
     """
     try:
-        mesh: Any = read_glb(path) if path.suffix.lower() == ".glb" else trimesh.load(path, force="mesh", process=merged)
+        mesh: Any = (
+            read_glb(path) if path.suffix.lower() == ".glb" else trimesh.load(path, force="mesh", process=merged)
+        )
     except UserError:
         raise
     except Exception as error:  # trimesh raises many kinds for a file that is not what it should be

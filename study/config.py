@@ -1,0 +1,41 @@
+"""What can be chosen for `python study/run.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from conf.cli import check
+
+
+@dataclass
+class StudyConfig:
+    out: str = "runs/study"  # everything the study makes; relative paths are the repository's
+    cache: str = ".cache"  # downloaded libraries of objects
+    libraries: list[str] = field(default_factory=lambda: ["BlendSwap-CC-0", "BlendSwap-CC-BY", "KatorLegaz"])
+    limit: int = 0  # objects of each library and split, for a try; 0: all
+    val_share: float = 0.13  # of objects held out, by hash of the uid
+    variants: list[str] = field(default_factory=list)  # names in study/variants.py; empty: all
+    image_size: int = 64  # that the models are trained at
+    guidance: float = 1.5  # of the 2D samples
+    sample_steps: int = 10  # DDIM
+    seeds: list[int] = field(default_factory=lambda: [0])  # of training; each variant is trained with each
+    distil: int = 5  # held-out objects made into meshes, evenly spread from the best to the worst
+    guidance_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 3.0, 6.0])  # of the distillation
+    processes: int = 2  # of training
+    cpu: bool = True  # train on the CPU; false: one process a GPU
+    # More overrides for single steps, for instance stage1='["steps=4"]'.
+    render: list[str] = field(default_factory=list)
+    small: list[str] = field(default_factory=list)
+    stage1: list[str] = field(default_factory=list)
+    stage2: list[str] = field(default_factory=list)
+    generate: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        from study.variants import VARIANTS
+
+        known = [variant.name for variant in VARIANTS]
+        unknown = [name for name in self.variants if name not in known]
+        check(not unknown, f"variants={unknown} are none of {', '.join(known)}")
+        check(len(self.libraries) > 0 and len(self.seeds) > 0, "libraries and seeds must name at least one each")
+        check(self.limit >= 0 and self.distil >= 0, "limit and distil must not be negative")
+        check(self.processes >= 1, f"processes={self.processes} must be at least 1")

@@ -1,0 +1,157 @@
+"""RESULTS.md and results.html of a study: a table for each question, with intervals and the command beside it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.files import atomic_file, read_json
+from distill import report
+from distill.evaluation.summary import bootstrap, by_azimuth, paired_difference
+from study.config import StudyConfig
+from study.variants import BASE, Variant
+
+CAVEAT = (
+    "A small-scale study without pretrained weights: a model of about ten million parameters, trained from scratch "
+    "for minutes on a few hundred objects at {size} px, with a random image encoder whose last layer was fitted. It "
+    "can show whether a choice matters in this regime, and in which direction; it cannot say what the full-size "
+    "method does, nor rank it among others."
+)
+BASELINES = {"white": "white picture", "mean_object": "mean of the held-out objects",
+             "nearest_trained": "nearest object trained on"}  # fmt: skip
+
+
+def objects_of(out: Path, variant: Variant, seeds: list[int]) -> dict[str, dict[str, float]]:
+    """By uid, the mean over seeds of each figure."""
+    runs: list[Any] = [read_json(out / "samples" / f"{variant.name}-{seed}" / "samples.json", "samples")["objects"]
+                       for seed in seeds]  # fmt: skip
+    keys = ("psnr", "ssim", "identified", *BASELINES)
+    return {uid: {key: float(np.mean([run[uid][key] for run in runs])) for key in keys} for uid in sorted(runs[0])}
+
+
+def column(objects: dict[str, dict[str, float]], key: str) -> dict[str, float]:
+    return {uid: values[key] for uid, values in objects.items()}
+
+
+def cell(values: dict[str, float], digits: int = 2) -> str:
+    low, high = bootstrap(list(values.values()))
+    return f"{np.mean(list(values.values())):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table(headers: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [headers, ["---"] * len(headers), *rows]]
+    return "\n".join(lines)
+
+
+def of_variants(found: dict[str, dict[str, dict[str, float]]], variants: list[Variant]) -> dict[str, str]:
+    """By question, a table of its variants against `both`."""
+    base = column(found[BASE], "psnr")
+    rows: dict[str, list[list[str]]] = defaultdict(list)
+    for variant in variants:
+        mine = found[variant.name]
+        gain = paired_difference(column(mine, "psnr"), base)
+        difference = "" if variant.name == BASE else f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+        rows[variant.question].append([
+            variant.what, cell(column(mine, "psnr")), difference, cell(column(mine, "ssim"), 3),
+            cell(column(mine, "identified")), f"`variants=[{variant.name}]`",
+        ])  # fmt: skip
+    headers = ["", "PSNR, dB", "against both stages", "SSIM", "identified", "python study/run.py"]
+    both = next(iter(rows.values()))[0]
+    return {question: table(headers, mine if both in mine else [both, *mine]) for question, mine in rows.items()}
+
+
+def of_baselines(objects: dict[str, dict[str, float]]) -> str:
+    rows = [["samples, both stages", cell(column(objects, "psnr")), ""]]
+    for key, words in BASELINES.items():
+        gain = paired_difference(column(objects, "psnr"), column(objects, key))
+        rows.append(
+            [words, cell(column(objects, key)), f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"]
+        )
+    return table(["", "PSNR, dB", "samples are better by"], rows)
+
+
+def by_kind(out: Path, objects: dict[str, dict[str, float]]) -> str:
+    """Quality by category and by number of faces."""
+    metas: dict[str, Any] = {uid: read_json(out / "views_val" / uid / "meta.json", "views") for uid in objects}
+    groups: dict[str, dict[str, float]] = defaultdict(dict)
+    edges = np.quantile([metas[uid]["faces"] for uid in objects], [1 / 3, 2 / 3])
+    for uid, values in objects.items():
+        level = int(np.searchsorted(edges, metas[uid]["faces"]))
+        groups[f"faces: {('fewest', 'middle', 'most')[level]} third"][uid] = values["psnr"]
+    for uid, values in objects.items():
+        groups[f"category: {metas[uid]['category'].split(';')[0]}"][uid] = values["psnr"]
+    rows = [[name, str(len(mine)), cell(mine)] for name, mine in groups.items() if len(mine) >= 3]
+    return table(["", "objects", "PSNR, dB"], rows)
+
+
+def of_meshes(out: Path, config: StudyConfig) -> str | None:
+    rows = []
+    for folder in sorted((out / "evaluations").glob("*")):
+        told: Any = read_json(folder / "evaluation.json", "evaluation")
+        means = told["means"]
+        rows.append([folder.name, str(means["psnr"]["objects"]), *(
+            f"{means[k]['mean']:.3f} [{means[k]['low']:.3f}, {means[k]['high']:.3f}]" if k in means else "not measured"
+            for k in ("psnr", "ssim", "mask_iou", "clip_similarity", "janus", "janus_truth")
+        )])  # fmt: skip
+    if not rows:
+        return None
+    return table(["stage-seed-guidance", "objects", "PSNR", "SSIM", "mask IoU", "encoder's cosine", "Janus",
+                  "Janus of the truth"], rows)  # fmt: skip
+
+
+def azimuths(out: Path, variants: list[Variant], seeds: list[int]) -> dict[str, Any]:
+    """PSNR by azimuth from the reference, of each variant."""
+    found = {}
+    for variant in variants:
+        views: list[tuple[float, float]] = []
+        for seed in seeds:
+            told: Any = read_json(out / "samples" / f"{variant.name}-{seed}" / "samples.json", "samples")
+            for values in told["objects"].values():
+                views += zip(told["azimuth_deg"], values["by_view"], strict=True)
+        found[variant.name] = by_azimuth(views)
+    return found
+
+
+def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Path:
+    found = {variant.name: objects_of(out, variant, config.seeds) for variant in variants}
+    sides = azimuths(out, variants, config.seeds)
+    tables = of_variants(found, variants) | {"Against what needs no model": of_baselines(found[BASE])}
+    tables["Which objects?"] = by_kind(out, found[BASE])
+    spreads = [[name, f"{told['spread_db']:.2f}"] for name, told in sides.items() if told]
+    tables["Is it as good from all sides?"] = table(["", "spread over azimuth, dB"], spreads)
+    meshes = of_meshes(out, config)
+    if meshes:
+        tables["Meshes of held-out objects, by stage and guidance scale"] = meshes
+    caveat = CAVEAT.format(size=config.image_size)
+    trained = len(list((out / "views_train").glob("*/meta.json")))
+    facts = (f"{datetime.date.today()}, {os.cpu_count()} CPUs ({platform.machine()}); {trained} objects trained on, "
+             f"{len(found[BASE])} held out, seeds {config.seeds}; {config.sample_steps} DDIM steps, guidance "
+             f"{config.guidance:g}. Brackets: 95 % intervals by bootstrap over objects; differences are of the same "
+             "objects. `python study/run.py` makes all of it again.")  # fmt: skip
+    parts = [f"# Results\n\n**{caveat}**\n\n{facts}\n"]
+    parts += [f"## {title}\n\n*{caveat}*\n\n{body}\n" for title, body in tables.items()]
+    with atomic_file(out / "RESULTS.md") as temporary:
+        temporary.write_text("\n".join(parts))
+    write_page(out, caveat, facts, sides, found[BASE])
+    return out / "RESULTS.md"
+
+
+def write_page(out: Path, caveat: str, facts: str, sides: dict[str, Any], objects: dict[str, dict[str, float]]) -> None:
+    lines = {name: list(zip(told["azimuth_deg"], told["psnr"], strict=True)) for name, told in sides.items() if told}
+    picture = next((out / "samples").glob(f"{BASE}-*/samples.png"))
+    ranked = sorted(objects, key=lambda uid: -objects[uid]["psnr"])
+    rows = [[uid, *(round(objects[uid][k], 3) for k in ("psnr", "ssim", *BASELINES))] for uid in ranked]
+    sections = [
+        ("By azimuth", report.line_chart(lines, "PSNR by azimuth from the front", "degrees", "dB")),
+        ("From the best to the worst", report.gallery([
+            report.picture(picture, "reference and samples, each over the renders they should match", "samples")
+        ])),
+        ("Objects", report.table(["object", "PSNR", "SSIM", *BASELINES.values()], rows, "Held out; both stages.")),
+    ]  # fmt: skip
+    report.write(out / "results.html", report.page("Results", f"{caveat}\n\n{facts}", sections))

@@ -1,0 +1,212 @@
+"""The study: objects -> renders -> shards -> a training for each variant -> samples and meshes -> RESULTS.md.
+
+    python study/run.py [out=runs/study] [variants=[stage1,no_reference]] [limit=8 stage1='["steps=20"]' ...]
+
+Each step is the command a user would type; it is run once, and again only when it or a step before it has changed.
+Interrupted at any point, the study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from conf.cli import run
+from data.assets import list_assets
+from data.files import UserError, require_writable, write_json
+from data.processes import locked
+from demo.objects import NotFetched, fetch_library
+from demo.run import ACCELERATE, PYTHON, ROOT, Step, run_step
+from study.config import StudyConfig
+from study.variants import BASE, Variant, chosen
+
+RENDER = [
+    "resolution=256", "samples=8", "max_bounces=2", "diffuse_bounces=1", "glossy_bounces=1", "rings=2",
+    "views_per_ring=8", "references=4", "fov_deg=[38,42]", "framing=[0.55,0.57]", "select.test_share=0",
+]  # fmt: skip
+
+
+class Plan:
+    """Runs steps one after the other.  A step's fingerprint is that of what it is made from, and of itself."""
+
+    def __init__(self, config: StudyConfig):
+        self.config, self.out, self.number = config, Path(config.out), 0
+        self.marks: dict[str, str] = {}
+
+    def run(self, name: str, command: list[str], makes: str, *made_from: str) -> None:
+        self.number += 1
+        before = "".join(self.marks[one] for one in made_from)
+        self.marks[name] = run_step(Step(name, command, self.out / makes), self.number, 0, self.out, before)
+
+
+def fetched(config: StudyConfig) -> list[Path]:
+    paths = [Path(config.cache, f"{name}.sh3f") for name in config.libraries]
+    for path in paths:
+        if not path.is_file():
+            try:
+                fetch_library(path)
+            except NotFetched as reason:
+                raise UserError(f"the study's objects cannot be fetched: {reason}; put {path.name} into {path.parent}"
+                                " yourself") from None  # fmt: skip
+    return paths
+
+
+def render(plan: Plan, sources: list[Path]) -> None:
+    """views_val with eval rings, views_train without, and shards of both."""
+    config, out = plan.config, plan.out
+    share, limit = f"select.val_share={config.val_share}", f"limit={config.limit}"
+    for split, evaluated in (("val", 8), ("train", 0)):
+        names: list[str] = []
+        for source in sources:
+            name = f"render_{split}_{source.stem}"
+            command = [*PYTHON, "data/render.py", f"source={source}", f"out={out}/views_{split}", *RENDER, share, limit,
+                       f"select.split={split}", f"eval_views={evaluated}", *config.render]  # fmt: skip
+            plan.run(name, command, f"views_{split}", *names[-1:])
+            names.append(name)
+        pack(plan, split, names[-1])
+
+
+def pack(plan: Plan, name: str, made_from: str) -> None:
+    command = [
+        *PYTHON,
+        "data/pack.py",
+        "shard_mb=16",
+        f"views={plan.out}/views_{name}",
+        f"out={plan.out}/shards_{name}",
+    ]
+    plan.run(f"pack_{name}", command, f"shards_{name}", made_from)
+
+
+def train(plan: Plan, variant: Variant, seed: int) -> str:
+    """The name of the step that makes the export which is judged."""
+    config, out = plan.config, plan.out
+    size = variant.image_size or config.image_size
+    shards = "train"
+    if variant.share < 1:
+        shards = f"train_{variant.share:g}"
+        command = [*PYTHON, "-m", "study.subset", f"{out}/views_train", f"{out}/views_{shards}", str(variant.share)]
+        plan.run(f"subset_{variant.share:g}", command, f"views_{shards}", "pack_train")
+        pack(plan, shards, f"subset_{variant.share:g}")
+    parts = f"parts_{variant.name}" if variant.parts else "parts"
+    if parts not in plan.marks:
+        words = [
+            f"shards={out}/shards_train",
+            f"out={out}/{parts}",
+            f"image_size={size}",
+            *config.small,
+            *variant.parts,
+        ]
+        plan.run(parts, [*PYTHON, "models/small.py", *words], parts, "pack_train")
+    threads = str(max((os.cpu_count() or 1) // config.processes, 1))
+    launch = [*ACCELERATE, "--num_processes", str(config.processes), "--num_cpu_threads_per_process", threads,
+              "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    common = [
+        "experiment=small_world", f"cpu={str(config.cpu).lower()}", f"seed={seed}", f"data.image_size={size}",
+        f"data.shards={out}/shards_{shards}", f"model.autoencoder.weights={out}/{parts}/vae",
+        f"model.image_encoder.weights={out}/{parts}/image_encoder",
+    ]  # fmt: skip
+    first = f"{BASE if variant.stage1 is None else variant.name}-{seed}-stage1"
+    if first not in plan.marks:
+        words = [*common, f"out={out}/{first}", *config.stage1, *(variant.stage1 or ())]
+        plan.run(first, [*launch, "train/stage1.py", *words], first, parts, f"pack_{shards}")
+    if variant.stage2 is None:
+        return first
+    second = f"{variant.name}-{seed}-stage2"
+    words = [*common, f"out={out}/{second}", f"init_from={out}/{first}/export", *config.stage2, *variant.stage2]
+    plan.run(second, [*launch, "train/stage2.py", *words], second, first)
+    return second
+
+
+def judge(plan: Plan, variant: Variant, seed: int, trained: str) -> None:
+    config, out = plan.config, plan.out
+    name = f"{variant.name}-{seed}"
+    command = [
+        *PYTHON, "-m", "study.samples", f"{out}/{trained}/export", f"{out}/views_val", f"{out}/samples/{name}",
+        "--size", str(config.image_size), "--guidance", str(config.guidance), "--steps", str(config.sample_steps),
+        "--nearest", f"{out}/views_nearest",
+    ]  # fmt: skip
+    plan.run(f"samples_{name}", command, f"samples/{name}", trained, "render_nearest")
+
+
+def render_nearest(plan: Plan, sources: list[Path]) -> None:
+    """Of each held-out object the nearest one trained on, by embedding, from the held-out cameras."""
+    config, out = plan.config, plan.out
+    command = [*PYTHON, "-m", "study.nearest", f"{out}/parts/image_encoder", f"{out}/views_val", f"{out}/views_train",
+               f"{out}/nearest.json", str(config.image_size)]  # fmt: skip
+    plan.run("nearest", command, "nearest.json", "parts")
+    names = {row["nearest"] for row in json.loads((out / "nearest.json").read_text()).values()}
+    before = "nearest"
+    for source in sources:
+        mine = sorted({asset.uid for asset in list_assets(source)} & names)
+        if mine:
+            words = [
+                f"source={source}",
+                f"out={out}/views_nearest",
+                *RENDER,
+                f"names=[{','.join(mine)}]",
+                "eval_views=8",
+            ]
+            plan.run(f"render_nearest_{source.stem}", [*PYTHON, "data/render.py", *words, *config.render],
+                     "views_nearest", before)  # fmt: skip
+            before = f"render_nearest_{source.stem}"
+    plan.marks["render_nearest"] = plan.marks[before]
+
+
+def distil(plan: Plan, seed: int) -> None:
+    """Held-out objects from the best to the worst, by both stages and by stage 1, and by guidance scale."""
+    config, out = plan.config, plan.out
+    told = json.loads((out / "samples" / f"{BASE}-{seed}" / "samples.json").read_text())["objects"]
+    ranked = sorted(told, key=lambda uid: -told[uid]["psnr"])
+    count = min(config.distil, len(ranked))
+    uids = [ranked[round(i * (len(ranked) - 1) / max(count - 1, 1))] for i in range(count)]
+    write_json(out / "distilled.json", uids)
+    runs = [(f"{stage}-{seed}-{scale:g}", f"{name}-{seed}-{stage}", scale)
+            for stage, name in (("stage2", BASE), ("stage1", BASE))
+            for scale in (config.guidance_scales if stage == "stage2" else [config.guidance])]  # fmt: skip
+    for name, export, scale in runs:
+        pictures = [str(out / "samples" / f"{BASE}-{seed}" / "references" / f"{uid}.png") for uid in uids]
+        folder = f"meshes/{name}"
+        command = [
+            *PYTHON,
+            "distill/generate.py",
+            "experiment=demo",
+            f"checkpoint={out}/{export}/export",
+            f"out={out}/{folder}",
+            f"guidance.scale={scale}",
+            *config.generate,
+            *pictures,
+        ]
+        plan.run(f"distil_{name}", command, folder, export, f"samples_{BASE}-{seed}")
+        command = [*PYTHON, "distill/evaluate.py", f"pred={out}/{folder}", f"truth={out}/views_val", "lpips=none",
+                   f"image_encoder={out}/parts/image_encoder", f"out={out}/evaluations/{name}"]  # fmt: skip
+        plan.run(f"evaluate_{name}", command, f"evaluations/{name}", f"distil_{name}")
+
+
+def main(config: StudyConfig) -> None:
+    os.chdir(ROOT)
+    require_writable(Path(config.out), needed_mb=4096)
+    with locked(Path(config.out)):
+        began = time.monotonic()
+        plan = Plan(config)
+        sources = fetched(config)
+        render(plan, sources)
+        variants = chosen(config.variants)
+        for seed in config.seeds:
+            for variant in variants:
+                trained = train(plan, variant, seed)
+                if "render_nearest" not in plan.marks:
+                    render_nearest(plan, sources)
+                judge(plan, variant, seed, trained)
+            if config.distil:
+                distil(plan, seed)
+
+        from study.results import write_results
+
+        path = write_results(plan.out, config, variants)
+        print(f"study: {path} ({time.monotonic() - began:.0f} s this time)")
+
+
+if __name__ == "__main__":
+    run(StudyConfig, "study/run", main)

@@ -1,0 +1,54 @@
+"""What is trained: each variant differs from `both` in what its question asks, and in nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+BASE = "both"  # the method as it is: stage 1, then stage 2 with the default attention
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    question: str  # heading of its table
+    what: str  # its row
+    stage1: tuple[str, ...] | None = None  # overrides; None: the stage 1 of `both`
+    stage2: tuple[str, ...] | None = ()  # None: stage 1's export is judged
+    parts: tuple[str, ...] = field(default=())  # of models/small.py, where it has an autoencoder or encoder of its own
+    image_size: int | None = None  # where it is not the study's
+    share: float = 1.0  # of the training objects
+
+
+STAGES, EMA = "Stage 1 alone or both stages?", "Which Explicit Multi-view Attention?"
+EMBEDDING, AMOUNT, RESOLUTION = "Which embedding?", "How many objects?", "Which resolution?"
+
+VARIANTS = (
+    Variant(BASE, STAGES, "both stages", stage1=()),
+    Variant("stage1", STAGES, "stage 1 alone", stage2=None),
+    Variant("stage1_as_long", STAGES, "stage 1 alone, for the steps of both", stage1=("steps=3000",), stage2=None),
+    Variant("no_reference", EMA, "stage 2 without a reference", stage2=("objective.reference_probability=0",)),
+    Variant("always", EMA, "a reference at every multi-view step", stage2=("objective.reference_probability=1",)),
+    Variant("clean_timestep", EMA, "the reference at timestep 0", stage2=("model.ema.timestep=zero",)),
+    Variant("own_camera", EMA, "the reference with its camera", stage2=("model.ema.camera=own",)),
+    Variant("one_way", EMA, "only the views read the reference", stage2=("model.ema.reads_views=false",)),
+    Variant("finest", EMA, "at the finest resolution alone", stage2=("model.ema.downscales=[1]",)),
+    Variant("two_references", EMA, "two references", stage2=("model.ema.references=2",)),
+    Variant("width16", EMBEDDING, "16 numbers", stage1=("model.unet.cross_attention_dim=16",),
+            stage2=("model.unet.cross_attention_dim=16",), parts=("embed_dim=16",)),
+    Variant("width192", EMBEDDING, "192 numbers", stage1=("model.unet.cross_attention_dim=192",),
+            stage2=("model.unet.cross_attention_dim=192",), parts=("embed_dim=192",)),
+    Variant("tokens", EMBEDDING, "patch tokens, not one pooled",
+            stage1=("model.image_encoder.tokens=patches", "model.unet.embedding_dim=192"),
+            stage2=("model.image_encoder.tokens=patches", "model.unet.embedding_dim=192")),
+    Variant("quarter", AMOUNT, "a quarter of the objects", stage1=(), share=0.25),
+    Variant("half", AMOUNT, "half of the objects", stage1=(), share=0.5),
+    Variant("px32", RESOLUTION, "32 pixels, as many latent cells", stage1=("model.autoencoder.downscale=8",),
+            stage2=("model.autoencoder.downscale=8",), parts=("patch_size=8",), image_size=32),
+    Variant("px128", RESOLUTION, "128 pixels, as many latent cells", stage1=("model.autoencoder.downscale=32",),
+            stage2=("model.autoencoder.downscale=32",), parts=("patch_size=32",), image_size=128),
+)  # fmt: skip
+
+
+def chosen(names: list[str]) -> list[Variant]:
+    """Those of `names`, or all; and `both`, which all are compared with."""
+    return [variant for variant in VARIANTS if not names or variant.name in (*names, BASE)]

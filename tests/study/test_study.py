@@ -1,0 +1,117 @@
+"""The study in its smallest form, and what its tables rest on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conf.cli import ConfigError
+from data.files import UserError
+from demo.proof import Truth
+from study import results, subset
+from study.config import StudyConfig
+from study.samples import judged
+from study.variants import BASE, VARIANTS, Variant, chosen
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def truth(objects: int = 3) -> Truth:
+    views = torch.rand(objects, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    uids = [f"object{n}" for n in range(objects)]
+    return Truth(uids, views[:, 0], views, torch.eye(4).expand(4, 4, 4), torch.full((4,), 40.0))
+
+
+def test_samples_are_judged_against_all_objects_and_what_needs_no_model() -> None:
+    real = truth()
+    sampled = real.views.clone()
+    sampled[0] = real.views[0] + 0.1
+    sampled[1] = real.views[2]  # another object
+    found = judged(sampled, real, nearest=real.views.roll(1, dims=0))
+    assert found["object0"]["psnr"] == pytest.approx(20, abs=1e-3)
+    assert found["object0"]["identified"] and found["object0"]["rank"] == 1
+    assert not found["object1"]["identified"] and found["object1"]["rank"] >= 2
+    assert found["object1"]["psnr"] == pytest.approx(found["object2"]["nearest_trained"])  # the same two, both ways
+    white = -10 * torch.log10((1 - real.views[0]).square().mean(dim=(1, 2, 3))).mean()
+    assert found["object0"]["white"] == pytest.approx(float(white), abs=1e-4)
+    assert len(found["object0"]["by_view"]) == 4
+
+
+def test_smaller_shares_are_parts_of_larger_ones(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / "views" / f"uid{number}").mkdir(parents=True)
+        (tmp_path / "views" / f"uid{number}" / "meta.json").write_text("{}")
+    names = []
+    for share in (0.25, 0.5, 1.0):
+        subset.main(tmp_path / "views", tmp_path / f"{share}", share)
+        names.append({path.name for path in (tmp_path / f"{share}").iterdir()})
+    assert names[0] < names[1] < names[2] and len(names[2]) == 40
+    assert all((tmp_path / "0.25" / name / "meta.json").is_file() for name in names[0])
+    with pytest.raises(UserError, match="holds no object"):
+        subset.main(tmp_path / "views", tmp_path / "none", 1e-9)
+
+
+def test_unknown_variants_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"variants=\['nothing'\] are none of both"):
+        StudyConfig(variants=["nothing"])
+    assert [variant.name for variant in chosen(["own_camera"])] == [BASE, "own_camera"]
+    assert chosen([]) == list(VARIANTS) and len({variant.name for variant in VARIANTS}) == len(VARIANTS)
+
+
+def samples(out: Path, name: str, psnr: list[float]) -> None:
+    folder = out / "samples" / f"{name}-0"
+    folder.mkdir(parents=True)
+    same = {"ssim": 0.5, "white": 10.0, "mean_object": 12.0, "nearest_trained": 15.0}
+    told = {
+        f"object{n}": same | {"psnr": value, "identified": n > 0, "by_view": [value - 1, value + 1]}
+        for n, value in enumerate(psnr)
+    }
+    (folder / "samples.json").write_text(json.dumps({"objects": told, "azimuth_deg": [0.0, 180.0]}))
+
+
+def test_tables_compare_the_same_objects(tmp_path: Path) -> None:
+    base, other = (Variant(name, "Which?", name, stage1=()) for name in (BASE, "other"))
+    samples(tmp_path, BASE, [20.0, 22.0, 30.0])
+    samples(tmp_path, "other", [21.0, 23.0, 31.0])
+    found = {one.name: results.objects_of(tmp_path, one, [0]) for one in (base, other)}
+    (rows,) = results.of_variants(found, [base, other]).values()
+    assert "| other | 25.00 [21.00, 31.00] | +1.00 [+1.00, +1.00] |" in rows  # every object by one
+    assert "0.67 [0.00, 1.00]" in rows  # two of three identified
+    assert "+9.00" in results.of_baselines(found[BASE])
+    sides = results.azimuths(tmp_path, [base], [0])[BASE]
+    assert sides["psnr"] == [23.0, 25.0] and sides["spread_db"] == 1.0
+
+
+@pytest.mark.slow
+def test_from_objects_to_results(tmp_path: Path) -> None:
+    """Real renders, both stages and samples of two held-out objects; a second call finds all of it done."""
+    if not list((ROOT / ".cache").glob("BlendSwap-CC-0.sh3f")):
+        from demo.objects import NotFetched, fetch_library
+
+        try:
+            fetch_library(ROOT / ".cache" / "BlendSwap-CC-0.sh3f")
+        except NotFetched as reason:
+            pytest.skip(f"apt has no objects here: {reason}")
+    tiny = ('"batch_size=2","micro_batch_size=1","model.unet.block_out_channels=[32,64]","model.unet.heads=[1,2]",'
+            '"validation.sample_steps=2","validation.sample_objects=1","data.workers=0"')  # fmt: skip
+    command = [
+        sys.executable, "study/run.py", f"out={tmp_path}/study", "libraries=[BlendSwap-CC-0]", "limit=2",
+        "val_share=0.5", "variants=[stage1]", "sample_steps=2", "distil=0",
+        'render=["resolution=32","samples=1","views_per_ring=4","rings=1","references=2"]',
+        f'stage1=["steps=2",{tiny}]', f'stage2=["steps=2",{tiny}]',
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    words = (tmp_path / "study" / "RESULTS.md").read_text()
+    assert "2 objects trained on, 2 held out" in words and words.count("*A small-scale study") >= 4
+    assert "| stage 1 alone |" in words and "nearest object trained on" in words
+    page = (tmp_path / "study" / "results.html").read_text()
+    assert "data:image" in page
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "done already" in again.stdout
+    assert " s, largest process" not in again.stdout, "nothing was run again"
