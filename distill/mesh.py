@@ -1,4 +1,4 @@
-"""From the field to a mesh: the iso level whose silhouettes are the renderings', marching cubes, fewer triangles.
+"""From the field to a mesh: the iso level nearest to where rays become half opaque, marching cubes, fewer triangles.
 
 Shapes: P grid points, X vertices, T triangles.
 """
@@ -21,12 +21,12 @@ from distill.config import MeshConfig
 from distill.field import Field
 from distill.glb import load_glb, save_glb
 from distill.manifold import Surface, decimated, large_pieces, sound
-from distill.silhouette import Masks, opacity_masks, silhouette_iou
+from distill.silhouette import Sight, likeness, sight_of
 from distill.texture import surface_albedo
-from distill.volume import OccupancyGrid, query, render
+from distill.volume import OccupancyGrid, half_opaque_at, query, render
 
 __all__ = ["extract_mesh", "load_glb", "save_glb"]  # files are made and read in distill/glb.py
-LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the density that looking rays find, tried against the silhouettes
+LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the density that looking rays find, tried against the pictures
 FINER = (2**0.5, 2**0.25)  # ratios between the best of them and those tried next
 TRIED_CELLS = 128  # marching-cubes cells a side, at most, for the meshes that are only tried
 FAINT = 1e-3  # of the level: as little density as nothing at all
@@ -53,13 +53,8 @@ def iso_density(field: Field, occupancy: OccupancyGrid, size: int = 64) -> float
     seen = render(field, occupancy, origins, directions, jitter, normals=False)
     if not bool((seen.opacity > 0.5).any()):
         raise UserError(EMPTY)
-    # opacity gathered on the ray up to and with each sample, and up to the one before
-    total = seen.weights.double().cumsum(0)
-    counts = torch.bincount(seen.ray, minlength=len(origins))
-    first = (counts.cumsum(0) - counts)[seen.ray]
-    gathered = total - (total - seen.weights)[first]
-    crossing = (gathered >= 0.5) & (gathered - seen.weights < 0.5)
-    return float(seen.density[crossing].quantile(0.25))
+    sample, _ = half_opaque_at(seen, occupancy.step)
+    return float(seen.density[sample].quantile(0.25))
 
 
 @torch.no_grad()
@@ -108,8 +103,8 @@ def half_opaque(occupancy: OccupancyGrid) -> list[float]:
     return [math.log(2) / length for length in (occupancy.step, 2 * occupancy.bound / occupancy.live.shape[0])]
 
 
-def best_level(density: np.ndarray, seen: float, occupancy: OccupancyGrid, masks: Masks, keep_share: float) -> float:
-    """Of some levels round `seen`, the one whose mesh covers most nearly what is opaque in the pictures.
+def best_level(density: np.ndarray, seen: float, occupancy: OccupancyGrid, sight: Sight, keep_share: float) -> float:
+    """Of some levels round `seen`, the one whose mesh lies most nearly where the pictures' rays become half opaque.
 
     Then its neighbours at smaller and smaller ratios, but never beyond the outermost of LEVELS.
     """
@@ -121,7 +116,7 @@ def best_level(density: np.ndarray, seen: float, occupancy: OccupancyGrid, masks
         for level in levels:
             if level < highest and seen * LEVELS[0] <= level <= seen * LEVELS[-1] and level not in scores:
                 surface = isosurface(density, level, occupancy.bound, stride)
-                scores[level] = silhouette_iou(*large_pieces(*surface, keep_share), masks)
+                scores[level] = likeness(*large_pieces(*surface, keep_share), sight).depths
         return max(scores, key=lambda level: scores[level], default=min(seen, highest / 2))
 
     best = attempt([*(seen * share for share in LEVELS), *half_opaque(occupancy)])
@@ -138,8 +133,8 @@ def extract_mesh(field: Field, occupancy: OccupancyGrid, config: MeshConfig) -> 
     """
     seen = iso_density(field, occupancy)
     density = density_volume(field, occupancy, config.resolution)
-    masks = opacity_masks(field, occupancy)
-    level = best_level(density, seen, occupancy, masks, config.keep_share)
+    sight = sight_of(field, occupancy)
+    level = best_level(density, seen, occupancy, sight, config.keep_share)
     found = isosurface(density, level, occupancy.bound)
     whole = drop_floaters(*found, config.keep_share)
     if not len(whole[1]):
@@ -154,9 +149,11 @@ def extract_mesh(field: Field, occupancy: OccupancyGrid, config: MeshConfig) -> 
             "mesh.watertight=false"
         )
     mesh.visual = trimesh.visual.ColorVisuals(mesh, vertex_colors=vertex_colours(field, occupancy, mesh, level, config))
+    alike = likeness(vertices, triangles, sight)
     facts = {
         "iso_density": level,
-        "silhouette_iou": silhouette_iou(vertices, triangles, masks),
+        "silhouette_iou": alike.silhouettes,
+        "depth_likeness": alike.depths,
         "vertices": len(vertices),
         "faces": len(triangles),
         "faces_before_decimation": len(whole[1]),

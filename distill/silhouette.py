@@ -1,4 +1,4 @@
-"""What a mesh and a field cover in the same pictures: triangles filled without depth, opacity rendered, compared.
+"""What a mesh and a field show in the same pictures: the depth of triangles and of half opacity, compared.
 
 Shapes: V views, X vertices, T triangles, K (triangle, pixel) pairs.
 """
@@ -15,17 +15,19 @@ import torch
 from data.cameras import camera_rays, orbit_camera
 from distill.field import FieldSamples
 from distill.turntable import RAYS_AT_ONCE
-from distill.volume import OccupancyGrid, render
+from distill.volume import OccupancyGrid, half_opaque_at, render
 
 VIEWS, FOV_DEG, SIZE = 12, 40.0, 128
+STEPS_APART = 8  # of the renderer: as far as depths may be apart
 PAIRS_AT_ONCE = 2**22  # (triangle, pixel) pairs tested together
 
 
-class Masks(NamedTuple):
-    """V pictures of what is opaque, and the cameras they were taken with."""
+class Sight(NamedTuple):
+    """V pictures of where rays become half opaque, and the cameras they were taken with."""
 
     c2w: np.ndarray  # (V, 4, 4)
-    covered: np.ndarray  # (V, S, S) bool
+    depth: np.ndarray  # (V, S, S) along the view axis, object units; infinite where a ray never does
+    far: float  # depths this far apart have nothing in common
 
 
 def all_around(radius: float) -> torch.Tensor:
@@ -36,17 +38,22 @@ def all_around(radius: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def opacity_masks(field: Callable[..., FieldSamples], occupancy: OccupancyGrid, size: int = SIZE) -> Masks:
-    """Where rays become at least half opaque, in views that the box around the live cells fills."""
+def sight_of(field: Callable[..., FieldSamples], occupancy: OccupancyGrid, size: int = SIZE) -> Sight:
+    """Where rays become half opaque, in views that the box around the live cells fills."""
     device = occupancy.live.device
     radius = float(torch.maximum(occupancy.low.abs(), occupancy.high.abs()).norm())
     c2w = all_around(max(radius, 1e-3))
     rays = camera_rays(c2w.to(device), torch.full((VIEWS,), FOV_DEG, device=device), size, size)
-    opacity = []
+    away = []
     for o, d in zip(*(x.reshape(-1, 3).split(RAYS_AT_ONCE[device.type]) for x in rays), strict=True):
         seen = render(field, occupancy, o, d, torch.full((len(o),), 0.5, device=device), normals=False)
-        opacity.append(seen.opacity)
-    return Masks(c2w.numpy(), (torch.cat(opacity) >= 0.5).view(VIEWS, size, size).cpu().numpy())
+        sample, distance = half_opaque_at(seen, occupancy.step)
+        part = torch.full((len(o),), math.inf, dtype=torch.float64, device=device)
+        part[seen.ray[sample]] = distance
+        away.append(part)
+    slope = -torch.einsum("vyxi,vi->vyx", rays[1], c2w[:, :3, 2].to(device))
+    depth = torch.cat(away).view_as(slope) * slope
+    return Sight(c2w.numpy(), depth.cpu().numpy(), STEPS_APART * occupancy.step)
 
 
 def project(points: np.ndarray, c2w: np.ndarray, fov_deg: float, size: int) -> np.ndarray:
@@ -95,18 +102,44 @@ def filled(corners: np.ndarray, size: int, margin: float = 0.0) -> Iterator[tupl
         first = last
 
 
-def silhouettes(vertices: np.ndarray, triangles: np.ndarray, c2w: np.ndarray, size: int = SIZE) -> np.ndarray:
-    """The pixels whose centre's ray meets the mesh, (V, S, S) bool, for cameras c2w (V, 4, 4) outside of it."""
-    covered = np.zeros((len(c2w), size * size), dtype=bool)
-    for view, pose in zip(covered, c2w, strict=True):
-        corners = project(vertices, pose, FOV_DEG, size)[triangles]
-        for _, pixel, _ in filled(corners, size):
-            view[pixel] = True
-    return covered.reshape(len(c2w), size, size)
+def nearest_depth(vertices: np.ndarray, triangles: np.ndarray, c2w: np.ndarray, size: int = SIZE) -> np.ndarray:
+    """Distance along the view axis to the first triangle, either side, (size, size); infinite where there is none.
+
+    For a camera c2w (4, 4) with the whole mesh before it.
+    """
+    flat = project(vertices, c2w, FOV_DEG, size)[triangles]
+    nearness = (-1 / ((vertices - c2w[:3, 3]) @ c2w[:3, 2]))[triangles]  # linear on the screen, unlike the distance
+    nearest = np.zeros(size * size)
+    for face, pixel, _ in filled(flat, size):
+        weights = flat_weights(flat[face], np.stack([pixel % size + 0.5, pixel // size + 0.5], axis=1))
+        np.maximum.at(nearest, pixel, np.einsum("ki,ki->k", weights, nearness[face]))
+    return np.divide(1, nearest, out=np.full(size * size, np.inf), where=nearest > 0).reshape(size, size)
 
 
-def silhouette_iou(vertices: np.ndarray, triangles: np.ndarray, masks: Masks) -> float:
-    """Pixels that both cover / pixels that either covers, over all views together; 1 where neither covers any."""
-    found = silhouettes(vertices, triangles, masks.c2w, masks.covered.shape[-1])
-    either = int((found | masks.covered).sum())
-    return int((found & masks.covered).sum()) / either if either else 1.0
+def flat_weights(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Barycentric coordinates (K, 3) of points (K, 2) in triangles (K, 3, 2) that have an area."""
+    a, b, c = corners.swapaxes(0, 1)
+
+    def area(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> np.ndarray:
+        return (q[:, 0] - p[:, 0]) * (r[:, 1] - p[:, 1]) - (r[:, 0] - p[:, 0]) * (q[:, 1] - p[:, 1])
+
+    parts = np.stack([area(points, b, c), area(a, points, c), area(a, b, points)], axis=1)
+    return parts / parts.sum(axis=1, keepdims=True)
+
+
+class Likeness(NamedTuple):
+    """How alike a mesh and a field are in the same pictures, in [0, 1]; 1 where neither is in any."""
+
+    silhouettes: float  # pixels that both cover / pixels that either covers, over all views together
+    depths: float  # the same, but a pixel that both cover counts the less the further apart their depths are
+
+
+def likeness(vertices: np.ndarray, triangles: np.ndarray, sight: Sight) -> Likeness:
+    size = sight.depth.shape[-1]
+    depth = np.stack([nearest_depth(vertices, triangles, pose, size) for pose in sight.c2w])
+    covered, opaque = np.isfinite(depth), np.isfinite(sight.depth)
+    either, both = int((covered | opaque).sum()), covered & opaque
+    if not either:
+        return Likeness(1.0, 1.0)
+    apart = np.abs(depth[both] - sight.depth[both])
+    return Likeness(int(both.sum()) / either, float(np.maximum(1 - apart / sight.far, 0).sum()) / either)

@@ -242,9 +242,23 @@ class Rendering:
     normal: Tensor  # (R, 3) weighted sum of normals: shorter than 1 where transparent; zeros when not asked for
     depth_variance: Tensor  # (R,) of the distance of what is seen, object units squared; 0 on empty rays
     ray: Tensor  # (N,)
+    t: Tensor  # (N,) distance of the sample from the ray's origin, object units
     weights: Tensor  # (N,)
     density: Tensor  # (N,)
     normals: Tensor  # (N, 3) or (0, 3)
+
+
+def half_opaque_at(seen: Rendering, step: float) -> tuple[Tensor, Tensor]:
+    """Where rays become half opaque: the sample in whose step each of K rays does (K,), and at what distance (K,).
+
+    For samples in the middle of their steps, in which the density is constant.
+    """
+    total = seen.weights.double().cumsum(0)
+    before = total - seen.weights
+    before = before - before[ray_ends(seen.ray, len(seen.opacity))[0]]
+    (sample,) = ((before < 0.5) & (before + seen.weights >= 0.5)).nonzero(as_tuple=True)
+    inside = (2 * (1 - before[sample])).log() / seen.density[sample]
+    return sample, seen.t[sample] + inside - step / 2
 
 
 def albedo_only(samples: FieldSamples, points: Tensor, ray: Tensor) -> Tensor:
@@ -367,6 +381,7 @@ def render_samples(
         normal=sums[:, 5:] if normals else origins.new_zeros(len(rays), 3),
         depth_variance=torch.zeros_like(opacity).index_add(0, local, weights * spread) / covered,
         ray=ray,
+        t=t,
         weights=weights,
         density=density,
         normals=asked.normal,

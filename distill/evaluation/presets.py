@@ -20,9 +20,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from data.cameras import orbit_camera
 from data.files import UserError
-from distill.evaluation.shapes import flat_weights, unit_box
+from distill.evaluation.shapes import unit_box
 from distill.evaluation.voxels import mesh2sdf_inside, volume_iou
-from distill.silhouette import filled
+from distill.silhouette import filled, flat_weights
 
 SIZE, FOCAL, DISTANCE, ELEVATION_DEG, VIEWS = 256, 280.0, 1.5, 30.0, 16  # SyncDreamer's meta_info/camera-16.pkl
 VOXEL = 0.01  # open3d's voxel_down_sample, in units of the ground truth's longest side

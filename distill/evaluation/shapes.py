@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 
 from data.cameras import orbit_camera
 from data.files import UserError
-from distill.silhouette import FOV_DEG, all_around, filled, project
+from distill.silhouette import FOV_DEG, all_around, nearest_depth, project
 
 YAW_STEP_DEG = 5.0
 COARSE_POINTS = 2_000  # for the search over rotations
@@ -54,7 +54,7 @@ def sample_visible(mesh: trimesh.Trimesh, count: int, seed: int = 0) -> Samples:
     below = orbit_camera(0.0, -80.0, radius / np.sin(np.radians(FOV_DEG / 2))).double().numpy()[None]
     below[:, :3, 3] += centre
     poses = np.concatenate([c2w, below])
-    depths = [nearest_depth(mesh, pose, SIGHT) for pose in poses]
+    depths = [nearest_depth(vertices, np.asarray(mesh.faces), pose, SIGHT) for pose in poses]
 
     def seen(points: np.ndarray) -> np.ndarray:
         found = np.zeros(len(points), dtype=bool)
@@ -74,29 +74,6 @@ def sample_visible(mesh: trimesh.Trimesh, count: int, seed: int = 0) -> Samples:
         kept.append(Samples(*(column[which] for column in more)))
         total, drawn = total + int(which.sum()), drawn + 1
     return Samples(*(np.concatenate(column)[:count] for column in zip(*kept, strict=True)))
-
-
-def nearest_depth(mesh: trimesh.Trimesh, c2w: np.ndarray, size: int) -> np.ndarray:
-    """Distance along the view axis to the first triangle, either side, (size, size); infinite where there is none."""
-    corners = np.asarray(mesh.vertices)[mesh.faces]
-    away = -((corners - c2w[:3, 3]) @ c2w[:3, 2])
-    flat = project(corners.reshape(-1, 3), c2w, FOV_DEG, size).reshape(-1, 3, 2)
-    depth = np.full(size * size, np.inf)
-    for face, pixel, _ in filled(flat, size):
-        weights = flat_weights(flat[face], np.stack([pixel % size + 0.5, pixel // size + 0.5], axis=1))
-        np.minimum.at(depth, pixel, 1 / np.einsum("ki,ki->k", weights, 1 / away[face]))  # 1/depth is linear on screen
-    return depth.reshape(size, size)
-
-
-def flat_weights(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Barycentric coordinates (K, 3) of points (K, 2) in triangles (K, 3, 2) that have an area."""
-    a, b, c = corners.swapaxes(0, 1)
-
-    def area(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> np.ndarray:
-        return (q[:, 0] - p[:, 0]) * (r[:, 1] - p[:, 1]) - (r[:, 0] - p[:, 0]) * (q[:, 1] - p[:, 1])
-
-    parts = np.stack([area(points, b, c), area(a, points, c), area(a, b, points)], axis=1)
-    return parts / parts.sum(axis=1, keepdims=True)
 
 
 class Distances(NamedTuple):
