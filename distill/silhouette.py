@@ -18,7 +18,7 @@ from distill.turntable import RAYS_AT_ONCE
 from distill.volume import OccupancyGrid, half_opaque_at, render
 
 VIEWS, FOV_DEG, SIZE = 12, 40.0, 128
-STEPS_APART = 8  # of the renderer: as far as depths may be apart
+STEPS_APART = 6  # of the renderer: as far as depths may be apart
 PAIRS_AT_ONCE = 2**22  # (triangle, pixel) pairs tested together
 
 

@@ -137,7 +137,7 @@ def test_pictures_of_the_mesh_are_those_of_the_field(snowman: tuple) -> None:
     )
     field = render_views(scene, grid, c2w, 40.0, 128)
     textured_mesh, by_vertex = mesh_views(made, c2w, 40.0, 128), mesh_views(plain, c2w, 40.0, 128)
-    assert facts["silhouette_iou"] > 0.975
+    assert facts["silhouette_iou"] > 0.93
     assert float(psnr(textured_mesh.rgb, field.rgb).min()) > 24
     inner = (textured_mesh.opacity == 1) & (field.opacity > 0.99)
     for one in range(3):
