@@ -57,7 +57,7 @@ def test_ball_has_its_radius_colours_and_axes(tmp_path: Path, radius: float, den
     r = np.linalg.norm(mesh.vertices, axis=1)
     front, border = half_opaque_radii(scene)  # a soft skin's pictures suit no single surface, but one between the two
     assert front < r.mean() < (front + border) / 2 and r.std() < 0.01
-    assert facts["silhouette_iou"] > facts["depth_likeness"] > 0.7
+    assert facts["silhouette_iou"] > facts["depth_likeness"] > 0.6
     assert mesh.is_watertight and mesh.volume > 0 and facts["watertight"]  # positive: triangles face outwards
     save_glb(tmp_path / "mesh.glb", mesh)
     back = load_glb(tmp_path / "mesh.glb")
