@@ -55,7 +55,7 @@ def test_charts_lie_in_the_picture_and_do_not_overlap(snowman: tuple) -> None:
     assert np.array_equal(layout.source[layout.triangles], snowman[2].faces)
     owners = np.zeros(SIZE * SIZE, dtype=int)
     for _, texel, inside in filled(layout.uv[layout.triangles] * SIZE, SIZE):
-        np.add.at(owners, texel[inside > 1e-4], 1)
+        np.add.at(owners, texel[inside > 0.05], 1)  # of a texel: charts may touch
     assert owners.max() == 1 and owners.mean() > 0.4
 
 
