@@ -174,8 +174,12 @@ def main(config: DemoConfig) -> None:
     out = Path(config.out)
     os.chdir(ROOT)
     require_writable(out, needed_mb=1024)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the cores from whoever shares them
     with locked(out):
-        demo(config, out)
+        try:
+            demo(config, out)
+        except KeyboardInterrupt:
+            raise UserError("interrupted; give the same command again, and the demo goes on from here") from None
 
 
 def demo(config: DemoConfig, out: Path) -> None:

@@ -134,6 +134,7 @@ def extract_mesh(field: Field, occupancy: OccupancyGrid, config: MeshConfig) -> 
     seen = iso_density(field, occupancy)
     density = density_volume(field, occupancy, config.resolution)
     sight = sight_of(field, occupancy)
+    print("mesh: choosing its level", flush=True)
     level = best_level(density, seen, occupancy, sight, config.keep_share)
     found = isosurface(density, level, occupancy.bound)
     whole = drop_floaters(*found, config.keep_share)
@@ -141,6 +142,7 @@ def extract_mesh(field: Field, occupancy: OccupancyGrid, config: MeshConfig) -> 
         raise UserError(
             "no body is left of the field's surface, only hollows; try another mesh.resolution, or more steps"
         )
+    print(f"mesh: {len(whole[1])} faces, of which {config.faces or 'all'} are kept", flush=True)
     vertices, triangles = decimated(*whole, config.faces, config.keep_share)
     mesh = trimesh.Trimesh(vertices, triangles, process=False)
     if config.watertight and not mesh.is_watertight:

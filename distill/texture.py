@@ -153,12 +153,14 @@ def textured(
     """
     if config.texture_size == 0:
         return mesh, {"texture": None}
+    print(f"mesh: texture coordinates, for at most {config.unwrap_limit_s:g} s", flush=True)
     try:
         layout = unwrap(np.asarray(mesh.vertices), np.asarray(mesh.faces), config.texture_size, config.unwrap_limit_s)
     except UnwrapFailed as error:
         print(f"warning: colours at the vertices instead of a texture: xatlas: {error}", flush=True)
         return mesh, {"texture": None, "texture_failed": str(error)}
     cell = 2 * occupancy.bound / config.resolution
+    print("mesh: baking its colours", flush=True)
     picture, covered = bake(field, occupancy, mesh, layout, config.texture_size, cell, level)
     material = trimesh.visual.material.PBRMaterial(baseColorTexture=Image.fromarray(picture))
     upwards = np.stack([layout.uv[:, 0], 1 - layout.uv[:, 1]], axis=1)  # as trimesh, OBJ and Blender have it

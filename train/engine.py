@@ -32,6 +32,10 @@ def prepare_environment(cpu: bool) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if os.access(
+            sys.prefix, os.W_OK
+        ):  # of each environment's own: two that share a folder build it again and again
+            os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
         # DeepSpeed compiles its CPU communication op at first use; without these it dies in a long traceback.
         os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"
         for program, remedy in (
