@@ -41,6 +41,8 @@ until_the_end() {
   step=
   # A program that has nothing to save, or has not begun to, ends by the signal itself.
   [ -z "$warned" ] || [ "$status" -ne 138 ] || status=$REQUEUE
+  # Of several nodes' launchers one was killed: a node that goes or comes back, seldom its own fault; see count_requeues.
+  [ "${SLURM_JOB_NUM_NODES:-1}" -eq 1 ] || [ "$status" -ne 137 ] || status=$REQUEUE
   return "$status"
 }
 

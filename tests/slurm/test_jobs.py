@@ -37,7 +37,8 @@ def test_a_job_goes_on_after_a_warning_and_lost_nodes(cluster: Cluster, tiny, tm
     assert losses(out) == losses(tmp_path / "quiet") and weights_hash(out) == weights_hash(tmp_path / "quiet")
     files = sorted(out.glob("wandb/offline-run-*/*.wandb"))
     rows = [row for path in files for row in history(path)]
-    assert len(files) == 4 and [row["global_step"] for row in rows] == list(range(1, 201))
+    # As many as starts: SLURM may deliver an old order to kill to the job's next start, which then starts once more.
+    assert len(files) >= 4 and [row["global_step"] for row in rows] == list(range(1, 201))
     assert {f"loss/{branch}" for branch in ("single", "multi")} <= {name for row in rows for name in row}
     assert "samples/psnr" in rows[-1] and len({path.name for path in files}) == 1
     assert "image-file" in (rows[-1].get("samples/_type"), rows[-1].get("samples", {}).get("_type"))
