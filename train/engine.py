@@ -32,9 +32,7 @@ def prepare_environment(cpu: bool) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if os.access(
-            sys.prefix, os.W_OK
-        ):  # of each environment's own: two that share a folder build it again and again
+        if os.access(sys.prefix, os.W_OK):  # each environment's own: two that share one build in turns
             os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
         # DeepSpeed compiles its CPU communication op at first use; without these it dies in a long traceback.
         os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"
