@@ -47,7 +47,9 @@ def main(config: PackConfig) -> None:
     else:
         views = Path(str(config.views))
         if not views.is_dir():
-            raise UserError(f"views={views} is not a folder; render first with python data/render.py out={views}")
+            raise UserError(
+                f"views={views} is not a folder; correct it, or render there first: python data/render.py out={views}"
+            )
         manifest = pack(
             views, Path(config.out), config.shard_mb, config.image_format, config.processes, config.min_clip_score
         )

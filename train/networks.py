@@ -132,7 +132,7 @@ def empty_unet(config: TrainConfig) -> Any:
 def initial_unet(config: TrainConfig) -> Any:
     """From `init_from`'s export, from `model.unet.weights`, or random, keyed by the seed; in that order."""
     if config.init_from is None and config.model.unet.weights is None:
-        say("the UNet starts from random weights")
+        say("initial weights of the UNet: random")
         torch.manual_seed(config.seed)
         size = config.data.image_size // config.model.autoencoder.downscale
         unet = build_unet(config.model.unet, config.model.autoencoder.latent_channels, size)
