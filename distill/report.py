@@ -132,7 +132,7 @@ def picture(source: np.ndarray | PathLike, caption: str, alt: str, scale: float 
 
 
 def video(path: PathLike, caption: str) -> str:
-    """An MP4 or WebM, looping and silent once started."""
+    """An MP4 or WebM, playing, looping and silent."""
     content = _file_bytes(Path(path), "the video")
     if content[4:8] == b"ftyp":
         kind = "video/mp4"
@@ -141,7 +141,7 @@ def video(path: PathLike, caption: str) -> str:
     else:
         raise UserError(f"the video: {path} is neither MP4 nor WebM; encode it as H.264 in MP4")
     return (
-        f'<figure><video controls loop muted playsinline src="{_data_url(kind, content)}"></video>'
+        f'<figure><video controls autoplay loop muted playsinline src="{_data_url(kind, content)}"></video>'
         f"<figcaption>{_text(caption)}</figcaption></figure>"
     )
 
