@@ -19,7 +19,7 @@ from distill.volume import OccupancyGrid, half_opaque_at, render
 
 VIEWS, FOV_DEG, SIZE = 12, 40.0, 128
 STEPS_APART = 6  # of the renderer: as far as depths may be apart
-PAIRS_AT_ONCE = 2**22  # (triangle, pixel) pairs tested together
+CELLS_AT_ONCE = 2**22  # (triangle, pixel) pairs tested together
 
 
 class Sight(NamedTuple):
@@ -72,8 +72,7 @@ def filled(corners: np.ndarray, size: int, margin: float = 0.0) -> Iterator[tupl
     outside.
     """
     low = np.clip(np.ceil(corners.min(axis=1) - 0.5 - margin), 0, size).astype(np.int64)
-    high = np.clip(np.floor(corners.max(axis=1) - 0.5 + margin) + 1, 0, size).astype(np.int64)
-    width, height = np.maximum(high - low, 0).T
+    high = np.clip(np.floor(corners.max(axis=1) - 0.5 + margin), -1, size - 1).astype(np.int64)
     along = np.roll(corners, -1, axis=1) - corners
     twice = along[:, 0, 0] * along[:, 1, 1] - along[:, 0, 1] * along[:, 1, 0]  # signed area
     length = np.linalg.norm(along, axis=2)
@@ -81,16 +80,8 @@ def filled(corners: np.ndarray, size: int, margin: float = 0.0) -> Iterator[tupl
     inward = np.stack([-along[..., 1], along[..., 0]], axis=-1) * np.sign(twice)[:, None, None]
     inward /= np.maximum(length, 1e-12)[..., None]
     slack = margin * np.abs(inward).sum(axis=-1)
-    count = np.where(twice == 0, 0, width * height)
-    ends = count.cumsum()
-    first = 0
-    while first < len(corners):
-        done = ends[first - 1] if first else 0
-        last = max(int(np.searchsorted(ends, done + PAIRS_AT_ONCE, side="right")), first + 1)
-        triangle = np.repeat(np.arange(first, last), count[first:last])
-        place = np.arange(len(triangle)) - (ends - count)[triangle] + done
-        x = low[triangle, 0] + place % width[triangle]
-        y = low[triangle, 1] + place // width[triangle]
+    high[twice == 0] = -1
+    for triangle, y, x in cells_of_rectangles(low[:, ::-1], high[:, ::-1]):
         inside = np.full(len(triangle), np.inf)
         kept = np.ones(len(triangle), dtype=bool)
         for side in range(3):
@@ -99,7 +90,21 @@ def filled(corners: np.ndarray, size: int, margin: float = 0.0) -> Iterator[tupl
             kept &= distance >= -slack[triangle, side]
             inside = np.minimum(inside, distance)
         yield triangle[kept], (y * size + x)[kept], inside[kept]
-        first = last
+
+
+def cells_of_rectangles(first: np.ndarray, last: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """first, last (T, 2), inclusive -> (rectangle (K,), row (K,), column (K,)) of every cell, piece by piece."""
+    spans = np.maximum(last - first + 1, 0)
+    count = spans.prod(axis=1)
+    ends = count.cumsum()
+    start = 0
+    while start < len(count):
+        done = ends[start - 1] if start else 0
+        stop = max(int(np.searchsorted(ends, done + CELLS_AT_ONCE, side="right")), start + 1)
+        which = np.repeat(np.arange(start, stop), count[start:stop])
+        place = np.arange(len(which)) - (ends - count)[which] + done
+        yield which, first[which, 0] + place // spans[which, 1], first[which, 1] + place % spans[which, 1]
+        start = stop
 
 
 def nearest_depth(vertices: np.ndarray, triangles: np.ndarray, c2w: np.ndarray, size: int = SIZE) -> np.ndarray:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-PAIRS_AT_ONCE = 2**22
+from distill.silhouette import cells_of_rectangles
 
 
 def volume_iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -40,7 +40,7 @@ def odd_crossings(corners: np.ndarray, size: int, low: float, step: float) -> np
     first = np.clip(np.ceil(grid[..., 1:].min(axis=1)), 0, size - 1).astype(np.int64)
     last = np.clip(np.floor(grid[..., 1:].max(axis=1)), 0, size - 1).astype(np.int64)
     crossed = np.zeros((size + 1) * size * size, dtype=np.int64)
-    for face, y, z in pairs(first, last):
+    for face, y, z in cells_of_rectangles(first, last):
         a, b, c = (grid[face, i, 1:] - np.stack([y, z], axis=1) for i in range(3))
         (sign_a, twice_a), (sign_b, twice_b), (sign_c, twice_c) = side(b, c), side(c, a), side(a, b)
         hit = (sign_a != 0) & (sign_a == sign_b) & (sign_a == sign_c)
@@ -58,21 +58,6 @@ def side(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     twice = a[:, 1] * b[:, 0] - a[:, 0] * b[:, 1]
     tie = np.where(a[:, 1] == b[:, 1], np.sign(a[:, 0] - b[:, 0]), np.sign(b[:, 1] - a[:, 1]))
     return np.where(twice == 0, tie, np.sign(twice)), twice
-
-
-def pairs(first: np.ndarray, last: np.ndarray):
-    """first, last (T, 2), inclusive -> (triangle, y, z) of every grid line in their rectangles, piece by piece."""
-    spans = np.maximum(last - first + 1, 0)
-    count = spans.prod(axis=1)
-    ends = count.cumsum()
-    start = 0
-    while start < len(count):
-        done = ends[start - 1] if start else 0
-        stop = max(int(np.searchsorted(ends, done + PAIRS_AT_ONCE, side="right")), start + 1)
-        face = np.repeat(np.arange(start, stop), count[start:stop])
-        place = np.arange(len(face)) - (ends - count)[face] + done
-        yield face, first[face, 0] + place // spans[face, 1], first[face, 1] + place % spans[face, 1]
-        start = stop
 
 
 def mesh2sdf_inside(vertices: np.ndarray, triangles: np.ndarray, size: int = 64) -> np.ndarray:
@@ -96,7 +81,7 @@ def on_surface(corners: np.ndarray, size: int, step: np.float32) -> np.ndarray:
     last = np.clip(np.floor(grid.max(axis=1) + slack), -1, size - 1).astype(np.int64)
     spans = np.maximum(last - first + 1, 0)
     found = np.zeros((size, size, size), dtype=bool)
-    for face, x, rest in pairs(
+    for face, x, rest in cells_of_rectangles(
         np.stack([first[:, 0], 0 * first[:, 0]], axis=1),
         np.stack([last[:, 0], spans[:, 1] * spans[:, 2] - 1], axis=1),
     ):
