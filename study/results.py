@@ -90,19 +90,41 @@ def by_kind(out: Path, objects: dict[str, dict[str, float]]) -> str:
     return table(["", "objects", "PSNR, dB"], rows)
 
 
-def of_meshes(out: Path, config: StudyConfig) -> str | None:
-    rows = []
-    for folder in sorted((out / "evaluations").glob("*")):
-        told: Any = read_json(folder / "evaluation.json", "evaluation")
+def of_meshes(out: Path, seeds: list[int]) -> str | None:
+    """Distilled objects by stage and guidance scale; then what the same objects reach without distillation."""
+    rows, runs = [], {}
+    for folder in sorted((out / "judged").glob("*")):
+        runs[folder.name] = judged = read_json(folder / "meshes.json", "judged meshes")
+        told: Any = read_json(out / "evaluations" / folder.name / "evaluation.json", "evaluation")
         means = told["means"]
-        rows.append([folder.name, str(means["psnr"]["objects"]), *(
-            f"{means[k]['mean']:.3f} [{means[k]['low']:.3f}, {means[k]['high']:.3f}]" if k in means else "not measured"
-            for k in ("psnr", "ssim", "mask_iou", "clip_similarity", "janus", "janus_truth")
-        )])  # fmt: skip
+        rows.append([
+            folder.name, str(len(judged["mesh"])), cell(column(judged["mesh"], "psnr")),
+            cell(column(judged["field"], "psnr")), cell(column(judged["mesh"], "identified")),
+            *(f"{means[k]['mean']:.2f} [{means[k]['low']:.2f}, {means[k]['high']:.2f}]" if k in means
+              else "not measured" for k in ("mask_iou", "clip_similarity", "janus", "janus_truth")),
+        ])  # fmt: skip
     if not rows:
         return None
-    return table(["stage-seed-guidance", "objects", "PSNR", "SSIM", "mask IoU", "encoder's cosine", "Janus",
-                  "Janus of the truth"], rows)  # fmt: skip
+    headers = ["stage-seed-guidance", "objects", "mesh, dB", "NeRF, dB", "mesh identified", "mask IoU",
+               "encoder's cosine", "Janus", "Janus of the truth"]  # fmt: skip
+    text = [table(headers, rows), *differences(runs), "The same objects without distillation:"]
+    shown = next(iter(runs.values()))["mesh"]
+    samples: Any = read_json(out / "samples" / f"{BASE}-{seeds[0]}" / "samples.json", "samples")["objects"]
+    others = [["2D samples, both stages", cell({uid: samples[uid]["psnr"] for uid in shown})]]
+    others += [[words, cell(column(shown, key))] for key, words in BASELINES.items()]
+    return "\n\n".join([*text, table(["", "PSNR, dB"], others)])
+
+
+def differences(runs: dict[str, Any]) -> list[str]:
+    """A sentence for each seed and guidance scale that both stages and stage 1 alone were distilled with."""
+    found = []
+    for name, judged in runs.items():
+        other = runs.get(name.replace("stage2", "stage1"))
+        if name.startswith("stage2") and other and judged["mesh"].keys() == other["mesh"].keys():
+            gain = paired_difference(column(judged["mesh"], "psnr"), column(other["mesh"], "psnr"))
+            found.append(f"Meshes of {name} are better than those of stage 1 alone by {gain['mean']:+.2f} dB "
+                         f"[{gain['low']:+.2f}, {gain['high']:+.2f}].")  # fmt: skip
+    return found
 
 
 def azimuths(out: Path, variants: list[Variant], seeds: list[int]) -> dict[str, Any]:
@@ -125,7 +147,7 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Pa
     tables["Which objects?"] = by_kind(out, found[BASE])
     spreads = [[name, f"{told['spread_db']:.2f}"] for name, told in sides.items() if told]
     tables["Is it as good from all sides?"] = table(["", "spread over azimuth, dB"], spreads)
-    meshes = of_meshes(out, config)
+    meshes = of_meshes(out, config.seeds)
     if meshes:
         tables["Meshes of held-out objects, by stage and guidance scale"] = meshes
     caveat = CAVEAT.format(size=config.image_size)
@@ -154,4 +176,12 @@ def write_page(out: Path, caveat: str, facts: str, sides: dict[str, Any], object
         ])),
         ("Objects", report.table(["object", "PSNR", "SSIM", *BASELINES.values()], rows, "Held out; both stages.")),
     ]  # fmt: skip
+    for folder in sorted((out / "judged").glob("*")):
+        mesh: Any = read_json(folder / "meshes.json", "judged meshes")["mesh"]
+        pictures = [
+            report.picture(folder / f"{uid}.png", f"{uid}: {mesh[uid]['psnr']:.1f} dB", uid)
+            for uid in sorted(mesh, key=lambda uid: -mesh[uid]["psnr"])
+        ]
+        title = f"Distilled, {folder.name}: reference and truth, samples, NeRF, mesh"
+        sections.append((title, report.gallery(pictures)))
     report.write(out / "results.html", report.page("Results", f"{caveat}\n\n{facts}", sections))

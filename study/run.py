@@ -182,6 +182,10 @@ def distil(plan: Plan, seed: int) -> None:
         command = [*PYTHON, "distill/evaluate.py", f"pred={out}/{folder}", f"truth={out}/views_val", "lpips=none",
                    f"image_encoder={out}/parts/image_encoder", f"out={out}/evaluations/{name}"]  # fmt: skip
         plan.run(f"evaluate_{name}", command, f"evaluations/{name}", f"distil_{name}")
+        command = [*PYTHON, "-m", "study.meshes", f"{out}/{folder}", f"{out}/views_val", f"{out}/judged/{name}",
+                   "--size", str(config.image_size), "--nearest", f"{out}/views_nearest",
+                   "--samples", f"{out}/samples/{BASE}-{seed}"]  # fmt: skip
+        plan.run(f"judge_{name}", command, f"judged/{name}", f"distil_{name}", "render_nearest")
 
 
 def main(config: StudyConfig) -> None:

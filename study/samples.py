@@ -31,27 +31,28 @@ SHOWN = 12  # objects in the picture, evenly spread from the best to the worst
 
 
 def against(views: Tensor, truth: Truth) -> Tensor:
-    """Mean PSNR in dB of (O, V, 3, S, S) against each object's renders: (O, O)."""
+    """Mean PSNR in dB of (K, V, 3, S, S) against each object's renders: (K, O)."""
     return torch.stack([torch.stack([psnr(one, other).mean() for other in truth.views]) for one in views])
 
 
-def judged(sampled: Tensor, truth: Truth, nearest: Tensor) -> dict[str, dict[str, Any]]:
-    """By uid.  nearest (O, V, 3, S, S): renders of the nearest object that was trained on."""
-    table = against(sampled, truth)
+def judged(found: Tensor, truth: Truth, nearest: Tensor, uids: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """By uid.  found (K, V, 3, S, S): pictures of `uids`, or of all; nearest (O, V, 3, S, S): renders of the nearest
+    object that was trained on."""
     others = {"white": torch.ones_like(truth.views), "mean_object": truth.views.mean(dim=0).expand_as(truth.views),
               "nearest_trained": nearest}  # fmt: skip
-    found = {}
-    for number, uid in enumerate(truth.uids):
-        own = table[number]
-        found[uid] = {
-            "psnr": float(own[number]),
-            "ssim": float(ssim(sampled[number], truth.views[number]).mean()),
-            "identified": bool(own.argmax() == number),
-            "rank": int((own > own[number]).sum()) + 1,
-            "by_view": psnr(sampled[number], truth.views[number]).tolist(),
-            **{name: float(psnr(views[number], truth.views[number]).mean()) for name, views in others.items()},
+    told = {}
+    for uid, views, row in zip(uids or truth.uids, found, against(found, truth), strict=True):
+        number = truth.uids.index(uid)
+        real = truth.views[number]
+        told[uid] = {
+            "psnr": float(row[number]),
+            "ssim": float(ssim(views, real).mean()),
+            "identified": bool(row.argmax() == number),
+            "rank": int((row > row[number]).sum()) + 1,
+            "by_view": psnr(views, real).tolist(),
+            **{name: float(psnr(pictures[number], real).mean()) for name, pictures in others.items()},
         }
-    return found
+    return told
 
 
 def nearest_views(folder: Path, table: Path, truth: Truth, size: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from conf.cli import ConfigError
 from data.files import UserError
 from demo.proof import Truth
-from study import results, subset
+from study import meshes, results, subset
 from study.config import StudyConfig
 from study.samples import judged
 from study.variants import BASE, VARIANTS, Variant, chosen
@@ -40,6 +40,42 @@ def test_samples_are_judged_against_all_objects_and_what_needs_no_model() -> Non
     white = -10 * torch.log10((1 - real.views[0]).square().mean(dim=(1, 2, 3))).mean()
     assert found["object0"]["white"] == pytest.approx(float(white), abs=1e-4)
     assert len(found["object0"]["by_view"]) == 4
+
+
+def test_distilled_objects_are_judged_by_name() -> None:
+    real = truth()
+    found = judged(real.views[[2, 0]] * 0.9, real, nearest=real.views, uids=["object2", "object0"])
+    assert list(found) == ["object2", "object0"] and all(one["identified"] for one in found.values())
+    whole = judged(real.views * 0.9, real, nearest=real.views)
+    assert found["object0"] == whole["object0"] and found["object2"] == whole["object2"]
+    swapped = judged(real.views[[2, 0]], real, nearest=real.views, uids=["object0", "object2"])
+    assert not any(one["identified"] for one in swapped.values())
+
+
+def test_rows_have_the_reference_at_the_left() -> None:
+    reference, first, second = torch.zeros(3, 8, 8), torch.full((4, 3, 8, 8), 0.2), torch.full((4, 3, 8, 8), 0.6)
+    picture = meshes.rows_of(reference, first, second)
+    assert picture.shape == (16, 40, 3)
+    assert (picture[:8, :8] == 0).all() and (picture[8:, :8] == 255).all()
+    assert (picture[:8, 8:] == 51).all() and (picture[8:, 8:] == 153).all()
+
+
+def test_meshes_of_both_stages_are_compared_on_the_same_objects(tmp_path: Path) -> None:
+    samples(tmp_path, BASE, [20.0, 22.0, 30.0])
+    same = {"white": 10.0, "mean_object": 12.0, "nearest_trained": 15.0, "identified": True}
+    for name, psnr in (("stage1-0-1.5", [14.0, 18.0]), ("stage2-0-1.5", [15.0, 19.5]), ("stage2-0-3", [13.0, 17.0])):
+        told = {f"object{n}": same | {"psnr": value} for n, value in enumerate(psnr)}
+        (tmp_path / "judged" / name).mkdir(parents=True)
+        (tmp_path / "judged" / name / "meshes.json").write_text(json.dumps({"mesh": told, "field": told}))
+        (tmp_path / "evaluations" / name).mkdir(parents=True)
+        means = {"janus": {"mean": 0.9, "low": 0.8, "high": 1.0, "objects": 2}}
+        (tmp_path / "evaluations" / name / "evaluation.json").write_text(json.dumps({"means": means}))
+    words = results.of_meshes(tmp_path, [0])
+    assert words is not None and "| stage2-0-1.5 | 2 | 17.25 [15.00, 19.50] |" in words
+    assert "Meshes of stage2-0-1.5 are better than those of stage 1 alone by +1.25 dB [+1.00, +1.50]." in words
+    assert words.count("are better") == 1  # guidance 3 has no counterpart
+    assert "| 2D samples, both stages | 21.00 [20.00, 22.00] |" in words  # of the two that were distilled
+    assert "0.90 [0.80, 1.00]" in words and "not measured" in words
 
 
 def test_smaller_shares_are_parts_of_larger_ones(tmp_path: Path) -> None:
@@ -89,7 +125,7 @@ def test_tables_compare_the_same_objects(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_from_objects_to_results(tmp_path: Path) -> None:
-    """Real renders, both stages and samples of two held-out objects; a second call finds all of it done."""
+    """Renders, both stages, samples of two held-out objects, a mesh of one by each; a second call finds all done."""
     if not list((ROOT / ".cache").glob("BlendSwap-CC-0.sh3f")):
         from demo.objects import NotFetched, fetch_library
 
@@ -101,7 +137,8 @@ def test_from_objects_to_results(tmp_path: Path) -> None:
             '"validation.sample_steps=2","validation.sample_objects=1","data.workers=0"')  # fmt: skip
     command = [
         sys.executable, "study/run.py", f"out={tmp_path}/study", "libraries=[BlendSwap-CC-0]", "limit=2",
-        "val_share=0.5", "variants=[stage1]", "sample_steps=2", "distil=0",
+        "val_share=0.5", "variants=[stage1]", "sample_steps=2", "distil=1", "guidance_scales=[1.5]",
+        'generate=["steps=3","schedule.resolutions=[16,32]","mesh.resolution=32","turntable.frames=4","turntable.size=32"]',
         'render=["resolution=32","samples=1","views_per_ring=4","rings=1","references=2"]',
         f'stage1=["steps=2",{tiny}]', f'stage2=["steps=2",{tiny}]',
     ]  # fmt: skip
@@ -111,7 +148,8 @@ def test_from_objects_to_results(tmp_path: Path) -> None:
     assert "2 objects trained on, 2 held out" in words and words.count("*A small-scale study") >= 4
     assert "| stage 1 alone |" in words and "nearest object trained on" in words
     page = (tmp_path / "study" / "results.html").read_text()
-    assert "data:image" in page
+    assert "data:image" in page and "Distilled, stage2-0-1.5" in page
+    assert "| stage1-0-1.5 | 1 |" in words and "Meshes of stage2-0-1.5 are better" in words
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "done already" in again.stdout
     assert " s, largest process" not in again.stdout, "nothing was run again"
