@@ -1,7 +1,7 @@
 """Images to views: `python models/sample.py checkpoint=runs/mine/stage2/export image=chair.png out=views`.
 
 Several at once: image=[a.png,b.png], or image=folder.  Writes for each picture `<name>/view_000.png` ..., and for all
-`grid.png` (a row each: the picture, then its views) and `cameras.json`.
+`grid.png` (a row each: the picture, then its views by azimuth) and `cameras.json`.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def draw(config: SampleConfig, paths: list[Path], images: list[Any], device: Any
                     with atomic_file(Path(config.out, paths[number].stem, f"view_{index:03d}.png")) as temporary:
                         view.save(temporary)
                 rows.append((images[number], views))
-    save_grid(Path(config.out, "grid.png"), rows)
+    azimuths = config.azimuths_deg or [360 / config.num_views * number for number in range(config.num_views)]
+    save_grid(Path(config.out, "grid.png"), rows, [f"{azimuth:g}°" for azimuth in azimuths])
     described = {
         "convention": model.info.camera,
         "conditioning": camera_conditioning(c2w, model.info.camera).tolist(),
@@ -164,16 +165,20 @@ def draw(config: SampleConfig, paths: list[Path], images: list[Any], device: Any
     print(f"{config.out}: {len(c2w)} views of {len(paths)} pictures; see {config.out}/grid.png")
 
 
-def save_grid(path: Path, rows: list[tuple[Any, list[Any]]]) -> None:
-    """rows: a reference (3, H, W) in [0, 1] and its PIL views."""
-    from PIL import Image, ImageOps
+def save_grid(path: Path, rows: list[tuple[Any, list[Any]]], titles: list[str]) -> None:
+    """rows: a reference (3, H, W) in [0, 1] and its PIL views, whose columns `titles` name."""
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
 
     side = rows[0][1][0].width
-    grid = Image.new("RGB", (side * (1 + len(rows[0][1])), side * len(rows)), "white")
+    head = max(side // 8, 10)
+    grid = Image.new("RGB", (side * (1 + len(titles)), head + side * len(rows)), "white")
+    writing, font = ImageDraw.Draw(grid), ImageFont.load_default(0.7 * head)
+    for column, title in enumerate(["reference", *titles]):
+        writing.text((column * side + side / 2, head / 2), title, "black", font, anchor="mm")
     for number, (reference, views) in enumerate(rows):
         shown = Image.fromarray((reference.permute(1, 2, 0).numpy() * 255).round().astype("uint8"))
         for column, picture in enumerate([ImageOps.pad(shown, (side, side), color="white"), *views]):
-            grid.paste(picture, (column * side, number * side))
+            grid.paste(picture, (column * side, head + number * side))
     with atomic_file(path) as temporary:
         grid.save(temporary)
 

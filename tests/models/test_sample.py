@@ -45,7 +45,9 @@ def test_the_command(given: Path, tmp_path: Path) -> None:
     for number in range(2):
         names = sorted(p.name for p in (tmp_path / "views" / f"picture{number}").iterdir())
         assert names == ["view_000.png", "view_001.png", "view_002.png"]
-    assert Image.open(tmp_path / "views" / "grid.png").size == (4 * 32, 2 * 32)
+    grid = Image.open(tmp_path / "views" / "grid.png")
+    assert grid.size == (4 * 32, 10 + 2 * 32)
+    assert min(grid.crop((32, 0, 64, 10)).convert("L").getdata()) < 128, "the azimuth is written above"
     written = json.loads((tmp_path / "views" / "cameras.json").read_text())
     c2w = orbit_camera(torch.tensor([0.0, 120, 240]), torch.tensor(20.0), 1.0)
     torch.testing.assert_close(torch.tensor(written["c2w"]), c2w)
