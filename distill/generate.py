@@ -7,12 +7,16 @@ the mesh, twice stops.  `image=chair.png lamp.png ...`, or image= of a folder, m
 """
 
 import sys
+from pathlib import Path
 
 from conf.cli import run
+from data.files import UserError
 from distill.config import GenerateConfig, joined_words
 
 
 def main(config: GenerateConfig) -> None:
+    if config.image is not None and not config.more_images and not Path(config.image).exists():
+        raise UserError(f"image {config.image} does not exist")
     # Imported here, so that --help and a wrong configuration do not wait for diffusers.
     from distill.many import generate
 

@@ -49,6 +49,21 @@ if [ -n "$images" ] && [ ! -e "$images" ]; then
   exit 2
 fi
 
+# Keys and choices that do not exist are told here, and not after hours in a queue; values, when the job starts.
+refuse_unknown() { # PROGRAM OVERRIDE...
+  local python=${PYTHON:-.venv/bin/python} said status=0
+  [ -z "${CONTAINER:-}" ] && command -v "$python" >/dev/null || return 0
+  said=$("$python" "$@" --cfg job 2>&1 >/dev/null) || status=$?
+  if [ $status -eq 2 ]; then
+    echo "$said" >&2
+    exit 2
+  fi
+}
+distill=("checkpoint=runs/$name/stage2/export" "name=$name" "wandb.mode=${WANDB_MODE:-offline}" "${shared[@]}" "${distill[@]}")
+refuse_unknown train/stage1.py "${stage1[@]}"
+refuse_unknown train/stage2.py "${stage2[@]}"
+[ -z "$images" ] || refuse_unknown distill/generate.py "${distill[@]}"
+
 after=(--kill-on-invalid-dep=yes)
 first=$(sbatch --parsable "${options1[@]}" slurm/stage1.sbatch "${stage1[@]}")
 first=${first%%;*} # on a federation, the cluster's name follows
@@ -63,8 +78,7 @@ second=${second%%;*}
 echo "stage 2: job $second after it, slurm-isotropic3d-stage2-$second.out"
 if [ -n "$images" ]; then
   third=$(sbatch --parsable "${after[@]}" --dependency="afterok:$second" "${options3[@]}" slurm/distill.sbatch \
-    "images=$images" "out=${out:-runs/$name/meshes}" "checkpoint=runs/$name/stage2/export" "name=$name" \
-    "wandb.mode=${WANDB_MODE:-offline}" "${shared[@]}" "${distill[@]}") || {
+    "images=$images" "out=${out:-runs/$name/meshes}" "${distill[@]}") || {
     scancel "$first" "$second"
     echo "error: distill could not be submitted; jobs $first and $second are cancelled" >&2
     exit 1

@@ -80,7 +80,8 @@ class Cluster:
         os.kill(int((self.base / f"slurmd.{name}.pid").read_text()), signal.SIGKILL)
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("SLURMD_NODENAME") == name:
+                where = process.environ()  # another cluster may have a node of that name
+                if (where.get("SLURMD_NODENAME"), where.get("SLURM_CONF")) == (name, f"{self.base}/slurm.conf"):
                     keepers = [one for one in process.parents() if one.name().startswith("slurmstepd")]
                     for one in (*keepers, process):
                         one.kill()

@@ -64,14 +64,18 @@ def test_pictures_to_meshes(cluster: Cluster, tiny, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_failing_stage_leaves_the_rest_unstarted(cluster: Cluster, tiny, tmp_path) -> None:
-    words = [f"--output={tmp_path}/%j.out", *SMALL, *tiny_overrides(tiny), "stage1:optim.lrr=1"]
+    words = [f"--output={tmp_path}/%j.out", *SMALL, *tiny_overrides(tiny), "stage1:steps=-5"]
     stage1, stage2 = (cluster.job(tmp_path, number) for number in submitted(cluster, words))
     assert stage1.end() == "FAILED 102:0" and stage2.end().startswith("CANCELLED")
     assert not stage2.log.exists() and f"what waits for it does not start: {stage2.number}" in stage1.words()
 
 
 def test_words_that_are_wrong_submit_nothing(cluster: Cluster, tmp_path) -> None:
-    for words, said in ((["experiment"], "neither key=value nor"), (["images=/none"], "images=/none does not exist")):
+    for words, said in (
+        (["experiment"], "neither key=value nor"), (["images=/none"], "images=/none does not exist"),
+        (["optim.lrr=1"], "unknown key optim.lrr"), (["stage2:experiment=deno"], "demo"),
+        ([f"images={tmp_path}", "distill:meshh.resolution=32"], "unknown key meshh"),
+    ):  # fmt: skip
         command, env = ["slurm/pipeline.sh", *words], cluster.environment
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 2 and said in done.stderr and not done.stdout
