@@ -15,7 +15,7 @@ from data.files import atomic_file, read_json
 from distill import report
 from distill.evaluation.summary import bootstrap, by_azimuth, paired_difference
 from study.config import StudyConfig
-from study.variants import BASE, Variant
+from study.variants import BASE, BASELINES, Variant
 
 CAVEAT = (
     "A small-scale study without pretrained weights: a model of about ten million parameters, trained from scratch "
@@ -23,8 +23,6 @@ CAVEAT = (
     "can show whether a choice matters in this regime, and in which direction; it cannot say what the full-size "
     "method does, nor rank it among others."
 )
-BASELINES = {"white": "white picture", "mean_object": "mean of the held-out objects",
-             "nearest_trained": "nearest object trained on"}  # fmt: skip
 
 
 def objects_of(out: Path, variant: Variant, seeds: list[int]) -> dict[str, dict[str, float]]:

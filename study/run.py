@@ -20,7 +20,7 @@ from data.processes import locked
 from demo.objects import NotFetched, fetch_library
 from demo.run import ACCELERATE, PYTHON, ROOT, Step, run_step
 from study.config import StudyConfig
-from study.variants import BASE, Variant, chosen
+from study.variants import BASE, BASELINES, Variant, chosen
 
 RENDER = [
     "resolution=256", "samples=8", "max_bounces=2", "diffuse_bounces=1", "glossy_bounces=1", "rings=2",
@@ -158,7 +158,8 @@ def distil(plan: Plan, seed: int) -> None:
     """Held-out objects from the best to the worst, by both stages and by stage 1, and by guidance scale."""
     config, out = plan.config, plan.out
     told = json.loads((out / "samples" / f"{BASE}-{seed}" / "samples.json").read_text())["objects"]
-    ranked = sorted(told, key=lambda uid: -told[uid]["psnr"])
+    # By what the model adds: thin objects are nearly white, and near to every white picture.
+    ranked = sorted(told, key=lambda uid: max(told[uid][name] for name in BASELINES) - told[uid]["psnr"])
     count = min(config.distil, len(ranked))
     uids = [ranked[round(i * (len(ranked) - 1) / max(count - 1, 1))] for i in range(count)]
     write_json(out / "distilled.json", uids)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# What needs no model; keys of samples.json.
+BASELINES = {"white": "white picture", "mean_object": "mean of the held-out objects",
+             "nearest_trained": "nearest object trained on"}  # fmt: skip
 BASE = "both"  # the method as it is: stage 1, then stage 2 with the default attention
 
 
