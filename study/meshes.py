@@ -3,7 +3,7 @@
     python -m study.meshes runs/study/meshes/stage2-0-1.5 runs/study/views_val runs/study/judged/stage2-0-1.5 \
       --size 64 --nearest runs/study/views_nearest --samples runs/study/samples/both-0
 
-Writes meshes.json, and for each object a picture of five rows: the reference, the truth, 2D samples, field and mesh.
+Writes meshes.json, and for each object a picture of four rows: the truth beside the reference, 2D samples, field, mesh.
 """
 
 from __future__ import annotations

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
+import shlex
 from collections import defaultdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +141,20 @@ def azimuths(out: Path, variants: list[Variant], seeds: list[int]) -> dict[str, 
     return found
 
 
+def command_of(config: StudyConfig) -> str:
+    """With the keys that are not at their defaults, `out` and `cache` aside."""
+
+    def written(value: Any) -> str:
+        if isinstance(value, list):
+            return "[" + ",".join(json.dumps(one) if "=" in str(one) else str(one) for one in value) + "]"
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    usual = StudyConfig()
+    changed = [f.name for f in fields(config) if getattr(config, f.name) != getattr(usual, f.name)]
+    words = [f"{name}={written(getattr(config, name))}" for name in changed if name not in ("out", "cache")]
+    return shlex.join(["python", "study/run.py", *words])
+
+
 def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Path:
     found = {variant.name: objects_of(out, variant, config.seeds) for variant in variants}
     sides = azimuths(out, variants, config.seeds)
@@ -153,7 +170,7 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Pa
     facts = (f"{datetime.date.today()}, {os.cpu_count()} CPUs ({platform.machine()}); {trained} objects trained on, "
              f"{len(found[BASE])} held out, seeds {config.seeds}; {config.sample_steps} DDIM steps, guidance "
              f"{config.guidance:g}. Brackets: 95 % intervals by bootstrap over objects; differences are of the same "
-             "objects. `python study/run.py` makes all of it again.")  # fmt: skip
+             f"objects. `{command_of(config)}` makes all of it again.")  # fmt: skip
     parts = [f"# Results\n\n**{caveat}**\n\n{facts}\n"]
     parts += [f"## {title}\n\n*{caveat}*\n\n{body}\n" for title, body in tables.items()]
     with atomic_file(out / "RESULTS.md") as temporary:

@@ -78,6 +78,13 @@ def test_meshes_of_both_stages_are_compared_on_the_same_objects(tmp_path: Path) 
     assert "0.90 [0.80, 1.00]" in words and "not measured" in words
 
 
+def test_the_command_that_makes_it_again() -> None:
+    assert results.command_of(StudyConfig(out="elsewhere")) == "python study/run.py"
+    config = StudyConfig(variants=["stage1"], cpu=False, distil=3, stage1=["steps=4"])
+    said = results.command_of(config)
+    assert said == """python study/run.py 'variants=[stage1]' distil=3 cpu=false 'stage1=["steps=4"]'"""
+
+
 def test_smaller_shares_are_parts_of_larger_ones(tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / "views" / f"uid{number}").mkdir(parents=True)
