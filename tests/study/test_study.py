@@ -132,7 +132,7 @@ def test_tables_compare_the_same_objects(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_from_objects_to_results(tmp_path: Path) -> None:
-    """Renders, both stages, samples of two held-out objects, a mesh of one by each; a second call finds all done."""
+    """Renders, both stages, samples of two held-out objects; a second call finds all done."""
     if not list((ROOT / ".cache").glob("BlendSwap-CC-0.sh3f")):
         from demo.objects import NotFetched, fetch_library
 
@@ -144,8 +144,7 @@ def test_from_objects_to_results(tmp_path: Path) -> None:
             '"validation.sample_steps=2","validation.sample_objects=1","data.workers=0"')  # fmt: skip
     command = [
         sys.executable, "study/run.py", f"out={tmp_path}/study", "libraries=[BlendSwap-CC-0]", "limit=2",
-        "val_share=0.5", "variants=[stage1]", "sample_steps=2", "distil=1", "guidance_scales=[1.5]",
-        'generate=["steps=3","schedule.resolutions=[16,32]","mesh.resolution=32","turntable.frames=4","turntable.size=32"]',
+        "val_share=0.5", "variants=[stage1]", "sample_steps=2", "distil=0",
         'render=["resolution=32","samples=1","views_per_ring=4","rings=1","references=2"]',
         f'stage1=["steps=2",{tiny}]', f'stage2=["steps=2",{tiny}]',
     ]  # fmt: skip
@@ -155,8 +154,7 @@ def test_from_objects_to_results(tmp_path: Path) -> None:
     assert "2 objects trained on, 2 held out" in words and words.count("*A small-scale study") >= 4
     assert "| stage 1 alone |" in words and "nearest object trained on" in words
     page = (tmp_path / "study" / "results.html").read_text()
-    assert "data:image" in page and "Distilled, stage2-0-1.5" in page
-    assert "| stage1-0-1.5 | 1 |" in words and "Meshes of stage2-0-1.5 are better" in words
+    assert "data:image" in page
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "done already" in again.stdout
     assert " s, largest process" not in again.stdout, "nothing was run again"
