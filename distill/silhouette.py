@@ -19,7 +19,7 @@ from distill.volume import OccupancyGrid, half_opaque_at, render
 
 VIEWS, FOV_DEG, SIZE = 12, 40.0, 128
 STEPS_APART = 6  # of the renderer: as far as depths may be apart
-CELLS_AT_ONCE = 2**22  # (triangle, pixel) pairs tested together
+CELLS_AT_ONCE = 2**22  # of rectangles, listed together
 
 
 class Sight(NamedTuple):

@@ -39,3 +39,8 @@ class StudyConfig:
         check(len(self.libraries) > 0 and len(self.seeds) > 0, "libraries and seeds must name at least one each")
         check(self.limit >= 0 and self.distil >= 0, "limit and distil must not be negative")
         check(self.processes >= 1, f"processes={self.processes} must be at least 1")
+
+    def distillations(self, seed: int) -> list[tuple[str, str, float]]:
+        """(name, stage, guidance scale) of what is distilled from the models of `seed`."""
+        scales = {"stage2": self.guidance_scales, "stage1": [self.guidance]} if self.distil else {}
+        return [(f"{stage}-{seed}-{scale:g}", stage, scale) for stage, some in scales.items() for scale in some]

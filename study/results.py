@@ -91,10 +91,10 @@ def by_kind(out: Path, objects: dict[str, dict[str, float]]) -> str:
     return table(["", "objects", "PSNR, dB"], rows)
 
 
-def of_meshes(out: Path, seeds: list[int]) -> str | None:
+def of_meshes(out: Path, names: list[str], seeds: list[int]) -> str | None:
     """Distilled objects by stage and guidance scale; then what the same objects reach without distillation."""
     rows, runs = [], {}
-    for folder in sorted((out / "judged").glob("*")):
+    for folder in (out / "judged" / name for name in names):  # a call before this one may have left others
         runs[folder.name] = judged = read_json(folder / "meshes.json", "judged meshes")
         told: Any = read_json(out / "evaluations" / folder.name / "evaluation.json", "evaluation")
         means = told["means"]
@@ -162,7 +162,8 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Pa
     tables["Which objects?"] = by_kind(out, found[BASE])
     spreads = [[name, f"{told['spread_db']:.2f}"] for name, told in sides.items() if told]
     tables["Is it as good from all sides?"] = table(["", "spread over azimuth, dB"], spreads)
-    meshes = of_meshes(out, config.seeds)
+    distilled = [name for seed in config.seeds for name, _, _ in config.distillations(seed)]
+    meshes = of_meshes(out, distilled, config.seeds)
     if meshes:
         tables["Meshes of held-out objects, by stage and guidance scale"] = meshes
     caveat = CAVEAT.format(size=config.image_size)
@@ -175,11 +176,18 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Pa
     parts += [f"## {title}\n\n*{caveat}*\n\n{body}\n" for title, body in tables.items()]
     with atomic_file(out / "RESULTS.md") as temporary:
         temporary.write_text("\n".join(parts))
-    write_page(out, caveat, facts, sides, found[BASE])
+    write_page(out, caveat, facts, sides, found[BASE], distilled)
     return out / "RESULTS.md"
 
 
-def write_page(out: Path, caveat: str, facts: str, sides: dict[str, Any], objects: dict[str, dict[str, float]]) -> None:
+def write_page(
+    out: Path,
+    caveat: str,
+    facts: str,
+    sides: dict[str, Any],
+    objects: dict[str, dict[str, float]],
+    distilled: list[str],
+) -> None:
     lines = {name: list(zip(told["azimuth_deg"], told["psnr"], strict=True)) for name, told in sides.items() if told}
     picture = next((out / "samples").glob(f"{BASE}-*/samples.png"))
     ranked = sorted(objects, key=lambda uid: -objects[uid]["psnr"])
@@ -191,7 +199,7 @@ def write_page(out: Path, caveat: str, facts: str, sides: dict[str, Any], object
         ])),
         ("Objects", report.table(["object", "PSNR", "SSIM", *BASELINES.values()], rows, "Held out; both stages.")),
     ]  # fmt: skip
-    for folder in sorted((out / "judged").glob("*")):
+    for folder in (out / "judged" / name for name in distilled):
         mesh: Any = read_json(folder / "meshes.json", "judged meshes")["mesh"]
         pictures = [
             report.picture(folder / f"{uid}.png", f"{uid}: {mesh[uid]['psnr']:.1f} dB", uid)

@@ -157,16 +157,14 @@ def render_nearest(plan: Plan, sources: list[Path]) -> None:
 def distil(plan: Plan, seed: int) -> None:
     """Held-out objects from the best to the worst, by both stages and by stage 1, and by guidance scale."""
     config, out = plan.config, plan.out
-    told = json.loads((out / "samples" / f"{BASE}-{seed}" / "samples.json").read_text())["objects"]
+    told = json.loads((out / "samples" / f"{BASE}-{config.seeds[0]}" / "samples.json").read_text())["objects"]
     # By what the model adds: thin objects are nearly white, and near to every white picture.
     ranked = sorted(told, key=lambda uid: max(told[uid][name] for name in BASELINES) - told[uid]["psnr"])
     count = min(config.distil, len(ranked))
     uids = [ranked[round(i * (len(ranked) - 1) / max(count - 1, 1))] for i in range(count)]
     write_json(out / "distilled.json", uids)
-    runs = [(f"{stage}-{seed}-{scale:g}", f"{name}-{seed}-{stage}", scale)
-            for stage, name in (("stage2", BASE), ("stage1", BASE))
-            for scale in (config.guidance_scales if stage == "stage2" else [config.guidance])]  # fmt: skip
-    for name, export, scale in runs:
+    for name, stage, scale in config.distillations(seed):
+        export = f"{BASE}-{seed}-{stage}"
         pictures = [str(out / "samples" / f"{BASE}-{seed}" / "references" / f"{uid}.png") for uid in uids]
         folder = f"meshes/{name}"
         command = [

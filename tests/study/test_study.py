@@ -70,9 +70,12 @@ def test_meshes_of_both_stages_are_compared_on_the_same_objects(tmp_path: Path) 
         (tmp_path / "evaluations" / name).mkdir(parents=True)
         means = {"janus": {"mean": 0.9, "low": 0.8, "high": 1.0, "objects": 2}}
         (tmp_path / "evaluations" / name / "evaluation.json").write_text(json.dumps({"means": means}))
-    words = results.of_meshes(tmp_path, [0])
+    (tmp_path / "judged" / "of-another-call").mkdir()
+    names = [name for name, _, _ in StudyConfig(guidance_scales=[1.5, 3.0]).distillations(0)]
+    words = results.of_meshes(tmp_path, names, [0])
     assert words is not None and "| stage2-0-1.5 | 2 | 17.25 [15.00, 19.50] |" in words
     assert "Meshes of stage2-0-1.5 are better than those of stage 1 alone by +1.25 dB [+1.00, +1.50]." in words
+    assert "of-another-call" not in words
     assert words.count("are better") == 1  # guidance 3 has no counterpart
     assert "| 2D samples, both stages | 21.00 [20.00, 22.00] |" in words  # of the two that were distilled
     assert "0.90 [0.80, 1.00]" in words and "not measured" in words
