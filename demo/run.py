@@ -153,8 +153,8 @@ def run_step(step: Step, number: int, total: int, out: Path, before: str) -> str
         write_json(done, record)
     if status != 0:
         raise UserError(
-            f"step {step.name} ended with status {status}; its own words are above. When mended, run the demo again: "
-            "it goes on from here"
+            f"step {step.name} ended with status {status}; its own words are above. When mended, give the same command "
+            "again: it goes on from here"
         )
     print(f"{title}: {seconds:.0f} s, largest process {peak_mib:.0f} MiB", flush=True)
     return fingerprint
@@ -167,7 +167,7 @@ def require_all_rendered(config: DemoConfig, source: Path, out: Path) -> None:
     failed = [f"{uid} ({row['reason']})" for uid, row in latest.items() if row["status"] != "rendered"]
     if failed:
         (out / "steps" / "render.json").unlink(missing_ok=True)
-        raise UserError(f"{source}: not rendered: {', '.join(failed)}; run the demo again to try once more")
+        raise UserError(f"{source}: not rendered: {', '.join(failed)}; give the same command again to try once more")
 
 
 def main(config: DemoConfig) -> None:

@@ -141,15 +141,10 @@ def render_nearest(plan: Plan, sources: list[Path]) -> None:
     for source in sources:
         mine = sorted({asset.uid for asset in list_assets(source)} & names)
         if mine:
-            words = [
-                f"source={source}",
-                f"out={out}/views_nearest",
-                *RENDER,
-                f"names=[{','.join(mine)}]",
-                "eval_views=8",
-            ]
-            plan.run(f"render_nearest_{source.stem}", [*PYTHON, "data/render.py", *words, *config.render],
-                     "views_nearest", before)  # fmt: skip
+            unused = ["rings=1", "views_per_ring=4", "references=1"]  # only the evaluation views are looked at
+            words = [f"source={source}", f"out={out}/views_nearest", *RENDER, f"names=[{','.join(mine)}]",
+                     "eval_views=8", *config.render, *unused]  # fmt: skip
+            plan.run(f"render_nearest_{source.stem}", [*PYTHON, "data/render.py", *words], "views_nearest", before)
             before = f"render_nearest_{source.stem}"
     plan.marks["render_nearest"] = plan.marks[before]
 
@@ -165,6 +160,7 @@ def distil(plan: Plan, seed: int) -> None:
     write_json(out / "distilled.json", uids)
     for name, stage, scale in config.distillations(seed):
         export = f"{BASE}-{seed}-{stage}"
+        one = f"/{uids[0]}" if count == 1 else ""  # a single picture's mesh goes into out= itself
         pictures = [str(out / "samples" / f"{BASE}-{seed}" / "references" / f"{uid}.png") for uid in uids]
         folder = f"meshes/{name}"
         command = [
@@ -172,7 +168,7 @@ def distil(plan: Plan, seed: int) -> None:
             "distill/generate.py",
             "experiment=demo",
             f"checkpoint={out}/{export}/export",
-            f"out={out}/{folder}",
+            f"out={out}/{folder}{one}",
             f"guidance.scale={scale}",
             *config.generate,
             *pictures,
