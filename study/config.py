@@ -16,13 +16,14 @@ class StudyConfig:
     val_share: float = 0.13  # of objects held out, by hash of the uid
     variants: list[str] = field(default_factory=list)  # names in study/variants.py; empty: all
     image_size: int = 64  # that the models are trained at
-    guidance: float = 1.5  # of the 2D samples
-    sample_steps: int = 10  # DDIM
+    guidance: float = 1.0  # of the 2D samples, and of what is distilled from stage 1
+    sample_steps: int = 2  # DDIM; few give the model's mean picture, which so small a model draws best
     seeds: list[int] = field(default_factory=lambda: [0])  # of training; each variant is trained with each
     distil: int = 5  # held-out objects made into meshes, evenly spread from the best to the worst
-    guidance_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 3.0, 6.0])  # of the distillation
+    guidance_scales: list[float] = field(default_factory=lambda: [1.0, 2.0, 5.0])  # of the distillation
     processes: int = 2  # of training
     cpu: bool = True  # train on the CPU; false: one process a GPU
+    list_variants: bool = False  # print the names of the chosen variants, and end
     # More overrides for single steps, for instance stage1='["steps=4"]'.
     render: list[str] = field(default_factory=list)
     small: list[str] = field(default_factory=list)

@@ -18,7 +18,8 @@ from data.files import atomic_file, read_json
 from distill import report
 from distill.evaluation.summary import bootstrap, by_azimuth, paired_difference
 from study.config import StudyConfig
-from study.variants import BASE, BASELINES, Variant
+from study.figure import figure
+from study.variants import BASE, BASELINES, TWIN, Variant, without_twins
 
 CAVEAT = (
     "A small-scale study without pretrained weights: a model of about ten million parameters, trained from scratch "
@@ -29,11 +30,17 @@ CAVEAT = (
 
 
 def objects_of(out: Path, variant: Variant, seeds: list[int]) -> dict[str, dict[str, float]]:
-    """By uid, the mean over seeds of each figure."""
+    """By uid, the mean over seeds of each figure; objects with a twin among those trained on are left out."""
     runs: list[Any] = [read_json(out / "samples" / f"{variant.name}-{seed}" / "samples.json", "samples")["objects"]
                        for seed in seeds]  # fmt: skip
     keys = ("psnr", "ssim", "identified", *BASELINES)
-    return {uid: {key: float(np.mean([run[uid][key] for run in runs])) for key in keys} for uid in sorted(runs[0])}
+    known = without_twins(runs[0])
+    return {uid: {key: float(np.mean([run[uid][key] for run in runs])) for key in keys} for uid in sorted(known)}
+
+
+def twins_of(out: Path, seeds: list[int]) -> list[str]:
+    told: Any = read_json(out / "samples" / f"{BASE}-{seeds[0]}" / "samples.json", "samples")["objects"]
+    return sorted(told.keys() - without_twins(told).keys())
 
 
 def column(objects: dict[str, dict[str, float]], key: str) -> dict[str, float]:
@@ -93,19 +100,20 @@ def by_kind(out: Path, objects: dict[str, dict[str, float]]) -> str:
 
 def of_meshes(out: Path, names: list[str], seeds: list[int]) -> str | None:
     """Distilled objects by stage and guidance scale; then what the same objects reach without distillation."""
+    if not names:
+        return None
+    asked = len(read_json(out / "distilled.json", "distilled objects"))
     rows, runs = [], {}
     for folder in (out / "judged" / name for name in names):  # a call before this one may have left others
         runs[folder.name] = judged = read_json(folder / "meshes.json", "judged meshes")
         told: Any = read_json(out / "evaluations" / folder.name / "evaluation.json", "evaluation")
         means = told["means"]
         rows.append([
-            folder.name, str(len(judged["mesh"])), cell(column(judged["mesh"], "psnr")),
+            folder.name, f"{len(judged['mesh'])} of {asked}", cell(column(judged["mesh"], "psnr")),
             cell(column(judged["field"], "psnr")), cell(column(judged["mesh"], "identified")),
             *(f"{means[k]['mean']:.2f} [{means[k]['low']:.2f}, {means[k]['high']:.2f}]" if k in means
               else "not measured" for k in ("mask_iou", "clip_similarity", "janus", "janus_truth")),
         ])  # fmt: skip
-    if not rows:
-        return None
     headers = ["stage-seed-guidance", "objects", "mesh, dB", "NeRF, dB", "mesh identified", "mask IoU",
                "encoder's cosine", "Janus", "Janus of the truth"]  # fmt: skip
     text = [table(headers, rows), *differences(runs), "The same objects without distillation:"]
@@ -135,7 +143,7 @@ def azimuths(out: Path, variants: list[Variant], seeds: list[int]) -> dict[str, 
         views: list[tuple[float, float]] = []
         for seed in seeds:
             told: Any = read_json(out / "samples" / f"{variant.name}-{seed}" / "samples.json", "samples")
-            for values in told["objects"].values():
+            for values in without_twins(told["objects"]).values():
                 views += zip(told["azimuth_deg"], values["by_view"], strict=True)
         found[variant.name] = by_azimuth(views)
     return found
@@ -168,8 +176,12 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Pa
         tables["Meshes of held-out objects, by stage and guidance scale"] = meshes
     caveat = CAVEAT.format(size=config.image_size)
     trained = len(list((out / "views_train").glob("*/meta.json")))
+    twins = twins_of(out, config.seeds)
+    held_out = f"{len(found[BASE])} held out"
+    if twins:
+        held_out += f" ({len(twins)} more left out, to which one trained on is within {TWIN:g} dB: {', '.join(twins)})"
     facts = (f"{datetime.date.today()}, {os.cpu_count()} CPUs ({platform.machine()}); {trained} objects trained on, "
-             f"{len(found[BASE])} held out, seeds {config.seeds}; {config.sample_steps} DDIM steps, guidance "
+             f"{held_out}, seeds {config.seeds}; {config.sample_steps} DDIM steps, guidance "
              f"{config.guidance:g}. Brackets: 95 % intervals by bootstrap over objects; differences are of the same "
              f"objects. `{command_of(config)}` makes all of it again.")  # fmt: skip
     parts = [f"# Results\n\n**{caveat}**\n\n{facts}\n"]
@@ -177,7 +189,20 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Pa
     with atomic_file(out / "RESULTS.md") as temporary:
         temporary.write_text("\n".join(parts))
     write_page(out, caveat, facts, sides, found[BASE], distilled)
+    if meshes:
+        write_figure(out, distilled[0], len(found[BASE]))
     return out / "RESULTS.md"
+
+
+def write_figure(out: Path, name: str, held_out: int) -> None:
+    """study.png: of the objects distilled as `name`, those whose samples add most and least to the baselines."""
+    judged: Any = read_json(out / "judged" / name / "meshes.json", "judged meshes")["mesh"]
+    ranked = [uid for uid in read_json(out / "distilled.json", "distilled objects") if uid in judged]
+    ends = {"best": ranked[0], "worst": ranked[-1]} if len(ranked) > 1 else {"one": ranked[0]}
+    picture = figure([(f"{end} of {held_out} held-out objects: {uid}, mesh {judged[uid]['psnr']:.1f} dB",
+                       out / "judged" / name / f"{uid}.png") for end, uid in ends.items()])  # fmt: skip
+    with atomic_file(out / "study.png") as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def write_page(

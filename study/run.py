@@ -3,7 +3,8 @@
     python study/run.py [out=runs/study] [variants=[stage1,no_reference]] [limit=8 stage1='["steps=20"]' ...]
 
 Each step is the command a user would type; it is run once, and again only when it or a step before it has changed.
-Interrupted at any point, the study goes on where it was.
+Interrupted at any point, the study goes on where it was.  Several may share one out=, as the jobs of slurm/study.sh do:
+each step is taken by one of them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from data.processes import locked
 from demo.objects import NotFetched, fetch_library
 from demo.run import ACCELERATE, PYTHON, ROOT, Step, run_step
 from study.config import StudyConfig
-from study.variants import BASE, BASELINES, Variant, chosen
+from study.variants import BASE, BASELINES, Variant, chosen, without_twins
 
 RENDER = [
     "resolution=256", "samples=8", "max_bounces=2", "diffuse_bounces=1", "glossy_bounces=1", "rings=2",
@@ -35,10 +36,13 @@ class Plan:
         self.config, self.out, self.number = config, Path(config.out), 0
         self.marks: dict[str, str] = {}
 
-    def run(self, name: str, command: list[str], makes: str, *made_from: str) -> None:
+    def run(self, name: str, command: list[str], makes: str, *made_from: str, passes: tuple[int, ...] = (0,)) -> None:
+        """passes: the statuses with which the step is done."""
         self.number += 1
         before = "".join(self.marks[one] for one in made_from)
-        self.marks[name] = run_step(Step(name, command, self.out / makes), self.number, 0, self.out, before)
+        step = Step(name, command, self.out / makes, passes)
+        with locked(self.out / "steps" / name):
+            self.marks[name] = run_step(step, self.number, 0, self.out, before)
 
 
 def fetched(config: StudyConfig) -> list[Path]:
@@ -154,7 +158,7 @@ def distil(plan: Plan, seed: int) -> None:
     config, out = plan.config, plan.out
     told = json.loads((out / "samples" / f"{BASE}-{config.seeds[0]}" / "samples.json").read_text())["objects"]
     # By what the model adds: thin objects are nearly white, and near to every white picture.
-    ranked = sorted(told, key=lambda uid: max(told[uid][name] for name in BASELINES) - told[uid]["psnr"])
+    ranked = sorted(without_twins(told), key=lambda uid: max(told[uid][name] for name in BASELINES) - told[uid]["psnr"])
     count = min(config.distil, len(ranked))
     uids = [ranked[round(i * (len(ranked) - 1) / max(count - 1, 1))] for i in range(count)]
     write_json(out / "distilled.json", uids)
@@ -173,7 +177,8 @@ def distil(plan: Plan, seed: int) -> None:
             *config.generate,
             *pictures,
         ]
-        plan.run(f"distil_{name}", command, folder, export, f"samples_{BASE}-{seed}")
+        # 1: some have no mesh, as the reason above says; the tables tell how many.
+        plan.run(f"distil_{name}", command, folder, export, f"samples_{BASE}-{seed}", passes=(0, 1))
         command = [*PYTHON, "distill/evaluate.py", f"pred={out}/{folder}", f"truth={out}/views_val", "lpips=none",
                    f"image_encoder={out}/parts/image_encoder", f"out={out}/evaluations/{name}"]  # fmt: skip
         plan.run(f"evaluate_{name}", command, f"evaluations/{name}", f"distil_{name}")
@@ -185,26 +190,28 @@ def distil(plan: Plan, seed: int) -> None:
 
 def main(config: StudyConfig) -> None:
     os.chdir(ROOT)
+    variants = chosen(config.variants)
+    if config.list_variants:
+        print(*(variant.name for variant in variants))
+        return
     require_writable(Path(config.out), needed_mb=4096)
-    with locked(Path(config.out)):
-        began = time.monotonic()
-        plan = Plan(config)
-        sources = fetched(config)
-        render(plan, sources)
-        variants = chosen(config.variants)
-        for seed in config.seeds:
-            for variant in variants:
-                trained = train(plan, variant, seed)
-                if "render_nearest" not in plan.marks:
-                    render_nearest(plan, sources)
-                judge(plan, variant, seed, trained)
-            if config.distil:
-                distil(plan, seed)
+    began = time.monotonic()
+    plan = Plan(config)
+    sources = fetched(config)
+    render(plan, sources)
+    for seed in config.seeds:
+        for variant in variants:
+            trained = train(plan, variant, seed)
+            if "render_nearest" not in plan.marks:
+                render_nearest(plan, sources)
+            judge(plan, variant, seed, trained)
+        if config.distil:
+            distil(plan, seed)
 
-        from study.results import write_results
+    from study.results import write_results
 
-        path = write_results(plan.out, config, variants)
-        print(f"study: {path} ({time.monotonic() - began:.0f} s this time)")
+    path = write_results(plan.out, config, variants)
+    print(f"study: {path} ({time.monotonic() - began:.0f} s this time)")
 
 
 if __name__ == "__main__":

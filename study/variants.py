@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 # What needs no model; keys of samples.json.
 BASELINES = {"white": "white picture", "mean_object": "mean of the held-out objects",
              "nearest_trained": "nearest object trained on"}  # fmt: skip
+# In dB of the nearest object trained on: a held-out object that reaches it was trained on, under another uid.
+TWIN = 30.0
 BASE = "both"  # the method as it is: stage 1, then stage 2 with the default attention
 
 
@@ -55,3 +58,8 @@ VARIANTS = (
 def chosen(names: list[str]) -> list[Variant]:
     """Those of `names`, or all; and `both`, which all are compared with."""
     return [variant for variant in VARIANTS if not names or variant.name in (*names, BASE)]
+
+
+def without_twins(objects: dict[str, Any]) -> dict[str, Any]:
+    """Those of samples.json's objects that no object trained on looks like."""
+    return {uid: values for uid, values in objects.items() if values["nearest_trained"] < TWIN}

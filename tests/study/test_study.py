@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conf.cli import ConfigError
 from data.files import UserError
 from demo.proof import Truth
-from study import meshes, results, subset
+from study import figure, meshes, results, subset
 from study.config import StudyConfig
 from study.samples import judged
 from study.variants import BASE, VARIANTS, Variant, chosen
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def truth(objects: int = 3) -> Truth:
@@ -60,6 +58,17 @@ def test_rows_have_the_reference_at_the_left() -> None:
     assert (picture[:8, 8:] == 51).all() and (picture[8:, 8:] == 153).all()
 
 
+def test_the_figure_has_words_beside_each_row(tmp_path: Path) -> None:
+    Image.new("RGB", (90, 80), (0, 0, 200)).save(tmp_path / "first.png")
+    Image.new("RGB", (50, 40), (0, 0, 100)).save(tmp_path / "second.png")
+    whole = np.asarray(figure.figure([("best", tmp_path / "first.png"), ("worst", tmp_path / "second.png")]))
+    assert whole.shape == (80 + 40 + 2 * figure.TITLE, 90 + figure.MARGIN, 3)
+    first = whole[figure.TITLE : figure.TITLE + 80]
+    assert (first[:, figure.MARGIN :] == (0, 0, 200)).all()
+    assert all((first[row * 20 : row * 20 + 20, : figure.MARGIN] < 128).any() for row in range(4))  # truth to mesh
+    assert (whole[-40:, figure.MARGIN : -40] == (0, 0, 100)).all() and (whole[-40:, -40:] == 255).all()
+
+
 def test_meshes_of_both_stages_are_compared_on_the_same_objects(tmp_path: Path) -> None:
     samples(tmp_path, BASE, [20.0, 22.0, 30.0])
     same = {"white": 10.0, "mean_object": 12.0, "nearest_trained": 15.0, "identified": True}
@@ -71,9 +80,10 @@ def test_meshes_of_both_stages_are_compared_on_the_same_objects(tmp_path: Path) 
         means = {"janus": {"mean": 0.9, "low": 0.8, "high": 1.0, "objects": 2}}
         (tmp_path / "evaluations" / name / "evaluation.json").write_text(json.dumps({"means": means}))
     (tmp_path / "judged" / "of-another-call").mkdir()
-    names = [name for name, _, _ in StudyConfig(guidance_scales=[1.5, 3.0]).distillations(0)]
+    (tmp_path / "distilled.json").write_text(json.dumps(["object0", "object1", "object2"]))  # the last has no mesh
+    names = [name for name, _, _ in StudyConfig(guidance=1.5, guidance_scales=[1.5, 3.0]).distillations(0)]
     words = results.of_meshes(tmp_path, names, [0])
-    assert words is not None and "| stage2-0-1.5 | 2 | 17.25 [15.00, 19.50] |" in words
+    assert words is not None and "| stage2-0-1.5 | 2 of 3 | 17.25 [15.00, 19.50] |" in words
     assert "Meshes of stage2-0-1.5 are better than those of stage 1 alone by +1.25 dB [+1.00, +1.50]." in words
     assert "of-another-call" not in words
     assert words.count("are better") == 1  # guidance 3 has no counterpart
@@ -133,31 +143,13 @@ def test_tables_compare_the_same_objects(tmp_path: Path) -> None:
     assert sides["psnr"] == [23.0, 25.0] and sides["spread_db"] == 1.0
 
 
-@pytest.mark.slow
-def test_from_objects_to_results(tmp_path: Path) -> None:
-    """Renders, both stages, samples of two held-out objects; a second call finds all done."""
-    if not list((ROOT / ".cache").glob("BlendSwap-CC-0.sh3f")):
-        from demo.objects import NotFetched, fetch_library
-
-        try:
-            fetch_library(ROOT / ".cache" / "BlendSwap-CC-0.sh3f")
-        except NotFetched as reason:
-            pytest.skip(f"apt has no objects here: {reason}")
-    tiny = ('"batch_size=2","micro_batch_size=1","model.unet.block_out_channels=[32,64]","model.unet.heads=[1,2]",'
-            '"validation.sample_steps=2","validation.sample_objects=1","data.workers=0"')  # fmt: skip
-    command = [
-        sys.executable, "study/run.py", f"out={tmp_path}/study", "libraries=[BlendSwap-CC-0]", "limit=2",
-        "val_share=0.5", "variants=[stage1]", "sample_steps=2", "distil=0",
-        'render=["resolution=32","samples=1","views_per_ring=4","rings=1","references=2"]',
-        f'stage1=["steps=2",{tiny}]', f'stage2=["steps=2",{tiny}]',
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    words = (tmp_path / "study" / "RESULTS.md").read_text()
-    assert "2 objects trained on, 2 held out" in words and words.count("*A small-scale study") >= 4
-    assert "| stage 1 alone |" in words and "nearest object trained on" in words
-    page = (tmp_path / "study" / "results.html").read_text()
-    assert "data:image" in page
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert again.returncode == 0 and "done already" in again.stdout
-    assert " s, largest process" not in again.stdout, "nothing was run again"
+def test_objects_that_were_trained_on_under_another_name_are_left_out(tmp_path: Path) -> None:
+    base = Variant(BASE, "Which?", "both", stage1=())
+    samples(tmp_path, BASE, [20.0, 22.0, 30.0])
+    path = tmp_path / "samples" / f"{BASE}-0" / "samples.json"
+    told = json.loads(path.read_text())
+    told["objects"]["object2"]["nearest_trained"] = 43.0
+    path.write_text(json.dumps(told))
+    found = results.objects_of(tmp_path, base, [0])
+    assert list(found) == ["object0", "object1"] and results.twins_of(tmp_path, [0]) == ["object2"]
+    assert results.azimuths(tmp_path, [base], [0])[BASE]["psnr"] == [20.0, 22.0]
