@@ -18,6 +18,9 @@ class StudyConfig:
     image_size: int = 64  # that the models are trained at
     guidance: float = 1.0  # of the 2D samples, and of what is distilled from stage 1
     sample_steps: int = 2  # DDIM; few give the model's mean picture, which so small a model draws best
+    # What the samples of both stages are drawn with besides, each in place of the value above.
+    other_guidances: list[float] = field(default_factory=lambda: [1.5, 3.0, 6.0])
+    other_sample_steps: list[int] = field(default_factory=lambda: [5, 10, 50])
     seeds: list[int] = field(default_factory=lambda: [0])  # of training; each variant is trained with each
     distil: int = 5  # held-out objects made into meshes, evenly spread from the best to the worst
     guidance_scales: list[float] = field(default_factory=lambda: [1.0, 2.0, 5.0])  # of the distillation
@@ -38,8 +41,16 @@ class StudyConfig:
         unknown = [name for name in self.variants if name not in known]
         check(not unknown, f"variants={unknown} are none of {', '.join(known)}")
         check(len(self.libraries) > 0 and len(self.seeds) > 0, "libraries and seeds must name at least one each")
+        wrong = [steps for steps in (self.sample_steps, *self.other_sample_steps) if steps < 1]
+        check(not wrong, f"sample_steps and other_sample_steps must be at least 1, not {wrong}")
         check(self.limit >= 0 and self.distil >= 0, "limit and distil must not be negative")
         check(self.processes >= 1, f"processes={self.processes} must be at least 1")
+
+    def samplings(self) -> list[tuple[str, float, int]]:
+        """(name, guidance, DDIM steps) of the samples that both stages are judged by besides."""
+        return [(f"guidance{one:g}", one, self.sample_steps) for one in self.other_guidances] + [
+            (f"steps{one}", self.guidance, one) for one in self.other_sample_steps
+        ]
 
     def distillations(self, seed: int) -> list[tuple[str, str, float]]:
         """(name, stage, guidance scale) of what is distilled from the models of `seed`."""

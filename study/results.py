@@ -29,10 +29,12 @@ CAVEAT = (
 )
 
 
-def objects_of(out: Path, variant: Variant, seeds: list[int]) -> dict[str, dict[str, float]]:
-    """By uid, the mean over seeds of each figure; objects with a twin among those trained on are left out."""
-    runs: list[Any] = [read_json(out / "samples" / f"{variant.name}-{seed}" / "samples.json", "samples")["objects"]
-                       for seed in seeds]  # fmt: skip
+def objects_of(out: Path, names: list[str]) -> dict[str, dict[str, float]]:
+    """By uid, the mean of each figure over `names`, the folders of the seeds.
+
+    Objects with a twin among those trained on are left out.
+    """
+    runs: list[Any] = [read_json(out / "samples" / name / "samples.json", "samples")["objects"] for name in names]
     keys = ("psnr", "ssim", "identified", *BASELINES)
     known = without_twins(runs[0])
     return {uid: {key: float(np.mean([run[uid][key] for run in runs])) for key in keys} for uid in sorted(known)}
@@ -72,6 +74,21 @@ def of_variants(found: dict[str, dict[str, dict[str, float]]], variants: list[Va
     headers = ["", "PSNR, dB", "against both stages", "SSIM", "identified", "python study/run.py"]
     both = next(iter(rows.values()))[0]
     return {question: table(headers, mine if both in mine else [both, *mine]) for question, mine in rows.items()}
+
+
+def of_samplings(out: Path, config: StudyConfig, base: dict[str, dict[str, float]]) -> str:
+    """The same model's samples, drawn otherwise, against those that all else is judged by."""
+    rows = [[f"{config.guidance:g}", str(config.sample_steps), cell(column(base, "psnr")), "",
+             cell(column(base, "ssim"), 3), cell(column(base, "identified"))]]  # fmt: skip
+    for name, guidance, steps in config.samplings():
+        mine = objects_of(out, [f"{BASE}-{seed}-{name}" for seed in config.seeds])
+        gain = paired_difference(column(mine, "psnr"), column(base, "psnr"))
+        rows.append([
+            f"{guidance:g}", str(steps), cell(column(mine, "psnr")),
+            f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]", cell(column(mine, "ssim"), 3),
+            cell(column(mine, "identified")),
+        ])  # fmt: skip
+    return table(["guidance", "DDIM steps", "PSNR, dB", "against the first", "SSIM", "identified"], rows)
 
 
 def of_baselines(objects: dict[str, dict[str, float]]) -> str:
@@ -164,9 +181,10 @@ def command_of(config: StudyConfig) -> str:
 
 
 def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Path:
-    found = {variant.name: objects_of(out, variant, config.seeds) for variant in variants}
+    found = {one.name: objects_of(out, [f"{one.name}-{seed}" for seed in config.seeds]) for one in variants}
     sides = azimuths(out, variants, config.seeds)
     tables = of_variants(found, variants) | {"Against what needs no model": of_baselines(found[BASE])}
+    tables["Which guidance and how many steps of the 2D samples?"] = of_samplings(out, config, found[BASE])
     tables["Which objects?"] = by_kind(out, found[BASE])
     spreads = [[name, f"{told['spread_db']:.2f}"] for name, told in sides.items() if told]
     tables["Is it as good from all sides?"] = table(["", "spread over azimuth, dB"], spreads)
@@ -188,7 +206,7 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Pa
     parts += [f"## {title}\n\n*{caveat}*\n\n{body}\n" for title, body in tables.items()]
     with atomic_file(out / "RESULTS.md") as temporary:
         temporary.write_text("\n".join(parts))
-    write_page(out, caveat, facts, sides, found[BASE], distilled)
+    write_page(out, caveat, facts, sides, found[BASE], config.seeds[0], distilled)
     if meshes:
         write_figure(out, distilled[0], len(found[BASE]))
     return out / "RESULTS.md"
@@ -211,16 +229,17 @@ def write_page(
     facts: str,
     sides: dict[str, Any],
     objects: dict[str, dict[str, float]],
+    seed: int,
     distilled: list[str],
 ) -> None:
     lines = {name: list(zip(told["azimuth_deg"], told["psnr"], strict=True)) for name, told in sides.items() if told}
-    picture = next((out / "samples").glob(f"{BASE}-*/samples.png"))
+    shown = out / "samples" / f"{BASE}-{seed}" / "samples.png"
     ranked = sorted(objects, key=lambda uid: -objects[uid]["psnr"])
     rows = [[uid, *(round(objects[uid][k], 3) for k in ("psnr", "ssim", *BASELINES))] for uid in ranked]
     sections = [
         ("By azimuth", report.line_chart(lines, "PSNR by azimuth from the front", "degrees", "dB")),
         ("From the best to the worst", report.gallery([
-            report.picture(picture, "reference and samples, each over the renders they should match", "samples")
+            report.picture(shown, "reference and samples, each over the renders they should match", "samples")
         ])),
         ("Objects", report.table(["object", "PSNR", "SSIM", *BASELINES.values()], rows, "Held out; both stages.")),
     ]  # fmt: skip

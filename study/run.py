@@ -123,12 +123,11 @@ def train(plan: Plan, variant: Variant, seed: int) -> str:
     return second
 
 
-def judge(plan: Plan, variant: Variant, seed: int, trained: str) -> None:
+def judge(plan: Plan, name: str, trained: str, guidance: float, steps: int) -> None:
     config, out = plan.config, plan.out
-    name = f"{variant.name}-{seed}"
     command = [
         *PYTHON, "-m", "study.samples", f"{out}/{trained}/export", f"{out}/views_val", f"{out}/samples/{name}",
-        "--size", str(config.image_size), "--guidance", str(config.guidance), "--steps", str(config.sample_steps),
+        "--size", str(config.image_size), "--guidance", str(guidance), "--steps", str(steps),
         "--nearest", f"{out}/views_nearest",
     ]  # fmt: skip
     plan.run(f"samples_{name}", command, f"samples/{name}", trained, "render_nearest")
@@ -204,7 +203,9 @@ def main(config: StudyConfig) -> None:
             trained = train(plan, variant, seed)
             if "render_nearest" not in plan.marks:
                 render_nearest(plan, sources)
-            judge(plan, variant, seed, trained)
+            judge(plan, f"{variant.name}-{seed}", trained, config.guidance, config.sample_steps)
+            for name, guidance, steps in config.samplings() if variant.name == BASE else ():
+                judge(plan, f"{BASE}-{seed}-{name}", trained, guidance, steps)
         if config.distil:
             distil(plan, seed)
 

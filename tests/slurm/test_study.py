@@ -15,6 +15,7 @@ TINY = (
 )
 WORDS = [
     "libraries=[BlendSwap-CC-0]", "limit=2", "val_share=0.5", "processes=1", "distil=1", "guidance_scales=[1]",
+    "other_guidances=[2]", "other_sample_steps=[]",
     'render=["resolution=32","samples=1","views_per_ring=4","rings=1","references=2"]',
     f'stage1=["steps=2",{TINY}]', f'stage2=["steps=2",{TINY}]',
     'generate=["steps=3","schedule.resolutions=[16,32]","mesh.resolution=32","turntable.frames=4","turntable.size=32"]',

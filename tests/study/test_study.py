@@ -119,8 +119,8 @@ def test_unknown_variants_are_named() -> None:
     assert chosen([]) == list(VARIANTS) and len({variant.name for variant in VARIANTS}) == len(VARIANTS)
 
 
-def samples(out: Path, name: str, psnr: list[float]) -> None:
-    folder = out / "samples" / f"{name}-0"
+def samples(out: Path, name: str, psnr: list[float], seed: str = "-0") -> None:
+    folder = out / "samples" / f"{name}{seed}"
     folder.mkdir(parents=True)
     same = {"ssim": 0.5, "white": 10.0, "mean_object": 12.0, "nearest_trained": 15.0}
     told = {
@@ -134,13 +134,23 @@ def test_tables_compare_the_same_objects(tmp_path: Path) -> None:
     base, other = (Variant(name, "Which?", name, stage1=()) for name in (BASE, "other"))
     samples(tmp_path, BASE, [20.0, 22.0, 30.0])
     samples(tmp_path, "other", [21.0, 23.0, 31.0])
-    found = {one.name: results.objects_of(tmp_path, one, [0]) for one in (base, other)}
+    found = {one.name: results.objects_of(tmp_path, [f"{one.name}-0"]) for one in (base, other)}
     (rows,) = results.of_variants(found, [base, other]).values()
     assert "| other | 25.00 [21.00, 31.00] | +1.00 [+1.00, +1.00] |" in rows  # every object by one
     assert "0.67 [0.00, 1.00]" in rows  # two of three identified
     assert "+9.00" in results.of_baselines(found[BASE])
     sides = results.azimuths(tmp_path, [base], [0])[BASE]
     assert sides["psnr"] == [23.0, 25.0] and sides["spread_db"] == 1.0
+
+
+def test_other_samplings_of_the_same_model(tmp_path: Path) -> None:
+    config = StudyConfig(other_guidances=[3.0], other_sample_steps=[50])
+    samples(tmp_path, BASE, [20.0, 22.0])
+    samples(tmp_path, f"{BASE}-0-guidance3", [19.0, 21.0], seed="")
+    samples(tmp_path, f"{BASE}-0-steps50", [18.0, 21.0], seed="")
+    rows = results.of_samplings(tmp_path, config, results.objects_of(tmp_path, [f"{BASE}-0"]))
+    assert "| 3 | 2 | 20.00 [19.00, 21.00] | -1.00 [-1.00, -1.00] |" in rows
+    assert "| 1 | 50 | 19.50 [18.00, 21.00] | -1.50 [-2.00, -1.00] |" in rows
 
 
 def test_objects_that_were_trained_on_under_another_name_are_left_out(tmp_path: Path) -> None:
@@ -150,6 +160,6 @@ def test_objects_that_were_trained_on_under_another_name_are_left_out(tmp_path: 
     told = json.loads(path.read_text())
     told["objects"]["object2"]["nearest_trained"] = 43.0
     path.write_text(json.dumps(told))
-    found = results.objects_of(tmp_path, base, [0])
+    found = results.objects_of(tmp_path, [f"{BASE}-0"])
     assert list(found) == ["object0", "object1"] and results.twins_of(tmp_path, [0]) == ["object2"]
     assert results.azimuths(tmp_path, [base], [0])[BASE]["psnr"] == [20.0, 22.0]
