@@ -27,6 +27,8 @@ RENDER = [
     "resolution=256", "samples=8", "max_bounces=2", "diffuse_bounces=1", "glossy_bounces=1", "rings=2",
     "views_per_ring=8", "references=4", "fov_deg=[38,42]", "framing=[0.55,0.57]", "select.test_share=0",
 ]  # fmt: skip
+# Overrides of training that change what precomputed latents and embeddings are.
+ENCODERS = ("model.autoencoder.", "model.image_encoder.")
 
 
 class Plan:
@@ -83,6 +85,25 @@ def pack(plan: Plan, name: str, made_from: str) -> None:
     plan.run(f"pack_{name}", command, f"shards_{name}", made_from)
 
 
+def encode(plan: Plan, variant: Variant, shards: str, parts: str, size: int) -> str:
+    """Latents and embeddings of what the variant is trained on, so that no step decodes pictures of 256 px.
+
+    The name of the step.
+    """
+    out = plan.out
+    own = [word.removeprefix("model.") for word in variant.stage1 or () if word.startswith(ENCODERS)]
+    latents = f"latents_{variant.name}" if own or variant.parts or variant.image_size else f"latents_{shards}"
+    if latents not in plan.marks:
+        command = [
+            *PYTHON, "data/precompute.py", f"shards={out}/shards_{shards}", f"out={out}/{latents}",
+            f"image_size={size}", f"autoencoder.weights={out}/{parts}/vae",
+            f"image_encoder.weights={out}/{parts}/image_encoder", "autoencoder.downscale=16",
+            "autoencoder.latent_channels=64", *own,
+        ]  # fmt: skip
+        plan.run(latents, command, latents, parts, f"pack_{shards}")
+    return latents
+
+
 def train(plan: Plan, variant: Variant, seed: int) -> str:
     """The name of the step that makes the export which is judged."""
     config, out = plan.config, plan.out
@@ -95,26 +116,22 @@ def train(plan: Plan, variant: Variant, seed: int) -> str:
         pack(plan, shards, f"subset_{variant.share:g}")
     parts = f"parts_{variant.name}" if variant.parts else "parts"
     if parts not in plan.marks:
-        words = [
-            f"shards={out}/shards_train",
-            f"out={out}/{parts}",
-            f"image_size={size}",
-            *config.small,
-            *variant.parts,
-        ]
+        words = [f"shards={out}/shards_train", f"out={out}/{parts}", f"image_size={size}", *config.small,
+                 *variant.parts]  # fmt: skip
         plan.run(parts, [*PYTHON, "models/small.py", *words], parts, "pack_train")
+    latents = encode(plan, variant, shards, parts, size)
     threads = str(max((os.cpu_count() or 1) // config.processes, 1))
     launch = [*ACCELERATE, "--num_processes", str(config.processes), "--num_cpu_threads_per_process", threads,
               "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     common = [
         "experiment=small_world", f"cpu={str(config.cpu).lower()}", f"seed={seed}", f"data.image_size={size}",
-        f"data.shards={out}/shards_{shards}", f"model.autoencoder.weights={out}/{parts}/vae",
+        f"data.shards={out}/{latents}", f"model.autoencoder.weights={out}/{parts}/vae",
         f"model.image_encoder.weights={out}/{parts}/image_encoder",
     ]  # fmt: skip
     first = f"{BASE if variant.stage1 is None else variant.name}-{seed}-stage1"
     if first not in plan.marks:
         words = [*common, f"out={out}/{first}", *config.stage1, *(variant.stage1 or ())]
-        plan.run(first, [*launch, "train/stage1.py", *words], first, parts, f"pack_{shards}")
+        plan.run(first, [*launch, "train/stage1.py", *words], first, latents)
     if variant.stage2 is None:
         return first
     second = f"{variant.name}-{seed}-stage2"
