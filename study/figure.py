@@ -1,4 +1,4 @@
-"""The README's picture: the best and the worst distilled object, as study/meshes.py drew them, with words beside."""
+"""Pictures of a study: the best and the worst distilled object, and by how much variants differ."""
 
 from __future__ import annotations
 
@@ -27,3 +27,28 @@ def figure(objects: list[tuple[str, Path]]) -> Image.Image:
             draw.text((4, top + (number + 0.5) * height - FONT / 2), name, "black", font)
         top += picture.height
     return whole
+
+
+def differences(rows: list[tuple[str, float, float, float]], unit: str) -> Image.Image:
+    """A line for each row: a point at its mean between the ends of its interval, and one upright line at zero.
+
+    rows: (words, mean, low, high).
+    """
+    row, left, width, right = 24, 300, 360, 70  # pixels
+    low, high = min(0.0, *(one[2] for one in rows)), max(0.0, *(one[3] for one in rows))
+    scale = width / ((high - low) or 1.0)
+    image = Image.new("RGB", (left + width + right, row * (len(rows) + 1)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT)
+
+    def at(value: float) -> float:
+        return left + (value - low) * scale
+
+    draw.line([(at(0), 0), (at(0), row * len(rows))], "gray")
+    for number, (words, mean, least, most) in enumerate(rows):
+        middle = row * (number + 0.5)
+        draw.text((4, middle - FONT / 2), words, "black", font)
+        draw.line([(at(least), middle), (at(most), middle)], "black", 2)
+        draw.ellipse([at(mean) - 4, middle - 4, at(mean) + 4, middle + 4], "black")
+        draw.text((left + width + 8, middle - FONT / 2), f"{mean:+.2f}", "black", font)
+    draw.text((4, row * len(rows) + 4), f"{unit}; the line is at 0", "black", font)
+    return image

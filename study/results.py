@@ -18,7 +18,7 @@ from data.files import atomic_file, read_json
 from distill import report
 from distill.evaluation.summary import bootstrap, by_azimuth, paired_difference
 from study.config import StudyConfig
-from study.figure import figure
+from study.figure import differences, figure
 from study.variants import BASE, BASELINES, TWIN, Variant, without_twins
 
 CAVEAT = (
@@ -133,7 +133,7 @@ def of_meshes(out: Path, names: list[str], seeds: list[int]) -> str | None:
         ])  # fmt: skip
     headers = ["stage-seed-guidance", "objects", "mesh, dB", "NeRF, dB", "mesh identified", "mask IoU",
                "encoder's cosine", "Janus", "Janus of the truth"]  # fmt: skip
-    text = [table(headers, rows), *differences(runs), "The same objects without distillation:"]
+    text = [table(headers, rows), *stages_compared(runs), "The same objects without distillation:"]
     shown = next(iter(runs.values()))["mesh"]
     samples: Any = read_json(out / "samples" / f"{BASE}-{seeds[0]}" / "samples.json", "samples")["objects"]
     others = [["2D samples, both stages", cell({uid: samples[uid]["psnr"] for uid in shown})]]
@@ -141,7 +141,7 @@ def of_meshes(out: Path, names: list[str], seeds: list[int]) -> str | None:
     return "\n\n".join([*text, table(["", "PSNR, dB"], others)])
 
 
-def differences(runs: dict[str, Any]) -> list[str]:
+def stages_compared(runs: dict[str, Any]) -> list[str]:
     """A sentence for each seed and guidance scale that both stages and stage 1 alone were distilled with."""
     found = []
     for name, judged in runs.items():
@@ -192,6 +192,8 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Pa
     meshes = of_meshes(out, distilled, config.seeds)
     if meshes:
         tables["Meshes of held-out objects, by stage and guidance scale"] = meshes
+    if len(variants) > 1:
+        write_differences(out, found, variants)
     caveat = CAVEAT.format(size=config.image_size)
     trained = len(list((out / "views_train").glob("*/meta.json")))
     twins = twins_of(out, config.seeds)
@@ -203,6 +205,8 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Pa
              f"{config.guidance:g}. Brackets: 95 % intervals by bootstrap over objects; differences are of the same "
              f"objects. `{command_of(config)}` makes all of it again.")  # fmt: skip
     parts = [f"# Results\n\n**{caveat}**\n\n{facts}\n"]
+    if len(variants) > 1:
+        parts.append("Samples of each variant against those of both stages:\n\n![differences](differences.png)\n")
     parts += [f"## {title}\n\n*{caveat}*\n\n{body}\n" for title, body in tables.items()]
     with atomic_file(out / "RESULTS.md") as temporary:
         temporary.write_text("\n".join(parts))
@@ -210,6 +214,17 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Pa
     if meshes:
         write_figure(out, distilled[0], len(found[BASE]))
     return out / "RESULTS.md"
+
+
+def write_differences(out: Path, found: dict[str, dict[str, dict[str, float]]], variants: list[Variant]) -> None:
+    """differences.png: PSNR of each variant against `both`."""
+    base, rows = column(found[BASE], "psnr"), []
+    for variant in variants:
+        if variant.name != BASE:
+            gain = paired_difference(column(found[variant.name], "psnr"), base)
+            rows.append((variant.what, gain["mean"], gain["low"], gain["high"]))
+    with atomic_file(out / "differences.png") as temporary:
+        differences(rows, "PSNR against both stages, dB").save(temporary, format="PNG")
 
 
 def write_figure(out: Path, name: str, held_out: int) -> None:
@@ -236,8 +251,11 @@ def write_page(
     shown = out / "samples" / f"{BASE}-{seed}" / "samples.png"
     ranked = sorted(objects, key=lambda uid: -objects[uid]["psnr"])
     rows = [[uid, *(round(objects[uid][k], 3) for k in ("psnr", "ssim", *BASELINES))] for uid in ranked]
+    chart = out / "differences.png"
+    drawn = [("Variants", report.gallery([report.picture(chart, "PSNR against both stages", "differences")]))]
     sections = [
         ("By azimuth", report.line_chart(lines, "PSNR by azimuth from the front", "degrees", "dB")),
+        *(drawn if len(lines) > 1 else []),
         ("From the best to the worst", report.gallery([
             report.picture(shown, "reference and samples, each over the renders they should match", "samples")
         ])),

@@ -69,6 +69,16 @@ def test_the_figure_has_words_beside_each_row(tmp_path: Path) -> None:
     assert (whole[-40:, figure.MARGIN : -40] == (0, 0, 100)).all() and (whole[-40:, -40:] == 255).all()
 
 
+def test_differences_lie_right_of_zero_when_positive() -> None:
+    drawn = np.asarray(figure.differences([("better", 1.0, 0.5, 2.0), ("worse", -1.0, -1.5, -0.5)], "dB"))
+    zero = np.flatnonzero((drawn[1, 300:] == 128).all(axis=-1))
+    assert len(zero) == 1
+    ink = (drawn[:, 300:660] == 0).all(axis=-1)
+    better, worse = np.flatnonzero(ink[12]), np.flatnonzero(ink[36])
+    assert better.min() > zero[0] > worse.max()
+    assert better.max() == pytest.approx(360, abs=2) and worse.min() <= 2  # the ends of the widest intervals
+
+
 def test_meshes_of_both_stages_are_compared_on_the_same_objects(tmp_path: Path) -> None:
     samples(tmp_path, BASE, [20.0, 22.0, 30.0])
     same = {"white": 10.0, "mean_object": 12.0, "nearest_trained": 15.0, "identified": True}
