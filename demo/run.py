@@ -41,6 +41,7 @@ class Step:
     command: list[str]
     makes: Path  # file or folder; the demo's own, removed when the step's values have changed
     passes: tuple[int, ...] = (0,)  # the statuses with which it is done
+    removes: bool = True  # what it made, when its values have changed; false: a step before it does
 
 
 def steps(config: DemoConfig, source: Path) -> list[Step]:
@@ -128,8 +129,12 @@ def run_step(step: Step, number: int, total: int, out: Path, before: str) -> str
     spent = record.get("seconds", 0.0)
     if record and record["fingerprint"] != fingerprint:
         print(f"{title}: its values have changed since; {step.makes} is made anew", flush=True)
-        shutil.rmtree(step.makes) if step.makes.is_dir() else step.makes.unlink(missing_ok=True)
+        if step.removes:
+            shutil.rmtree(step.makes) if step.makes.is_dir() else step.makes.unlink(missing_ok=True)
         spent = 0.0
+    # Before it begins: killed, it goes on from what it has made, which has these values.
+    record = {"fingerprint": fingerprint, "finished": False, "seconds": spent, "command": step.command[1:]}
+    write_json(done, record)
     print(f"{title}: {' '.join(step.command[1:])}", flush=True)
     began = time.monotonic()
     peak_mib = 0.0

@@ -47,13 +47,13 @@ give_up() {
   exit 1
 }
 after=(--kill-on-invalid-dep=yes)
-first=$(submit "${names[0]}" "variants=[${names[0]}]" distil=0) || give_up
+first=$(submit "${names[0]}" "variants=[${names[0]}]" distil=0 tables=false) || give_up
 jobs+=("$first")
 echo "${names[0]}: job $first"
 after+=("--dependency=afterok:$first")
 others=''
 for name in "${names[@]:1}"; do
-  number=$(submit "$name" "variants=[$name]" distil=0) || give_up
+  number=$(submit "$name" "variants=[$name]" distil=0 tables=false) || give_up
   jobs+=("$number") others+=:$number
   echo "$name: job $number after it"
 done

@@ -25,7 +25,9 @@ class StudyConfig:
     distil: int = 5  # held-out objects made into meshes, evenly spread from the best to the worst
     guidance_scales: list[float] = field(default_factory=lambda: [1.0, 2.0, 5.0])  # of the distillation
     processes: int = 2  # of training
+    threads: int = 1  # of each of them; with cpu=true, processes x threads are the cores to use
     cpu: bool = True  # train on the CPU; false: one process a GPU
+    tables: bool = True  # write RESULTS.md; false: of jobs that make a part of the study
     list_variants: bool = False  # print the names of the chosen variants, and end
     # More overrides for single steps, for instance stage1='["steps=4"]'.
     render: list[str] = field(default_factory=list)
@@ -44,7 +46,8 @@ class StudyConfig:
         wrong = [steps for steps in (self.sample_steps, *self.other_sample_steps) if steps < 1]
         check(not wrong, f"sample_steps and other_sample_steps must be at least 1, not {wrong}")
         check(self.limit >= 0 and self.distil >= 0, "limit and distil must not be negative")
-        check(self.processes >= 1, f"processes={self.processes} must be at least 1")
+        for name in ("processes", "threads", "image_size"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
 
     def samplings(self) -> list[tuple[str, float, int]]:
         """(name, guidance, DDIM steps) of the samples that both stages are judged by besides."""
@@ -54,5 +57,6 @@ class StudyConfig:
 
     def distillations(self, seed: int) -> list[tuple[str, str, float]]:
         """(name, stage, guidance scale) of what is distilled from the models of `seed`."""
-        scales = {"stage2": self.guidance_scales, "stage1": [self.guidance]} if self.distil else {}
+        both = sorted({self.guidance, *self.guidance_scales})
+        scales = {"stage2": both, "stage1": [self.guidance]} if self.distil else {}
         return [(f"{stage}-{seed}-{scale:g}", stage, scale) for stage, some in scales.items() for scale in some]

@@ -8,11 +8,12 @@ import os
 import platform
 import shlex
 from collections import defaultdict
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from data.files import atomic_file, read_json
 from distill import report
@@ -35,7 +36,7 @@ def objects_of(out: Path, names: list[str]) -> dict[str, dict[str, float]]:
     Objects with a twin among those trained on are left out.
     """
     runs: list[Any] = [read_json(out / "samples" / name / "samples.json", "samples")["objects"] for name in names]
-    keys = ("psnr", "ssim", "identified", *BASELINES)
+    keys = ("psnr", "ssim", "identified", *BASELINES, *(f"{name}_identified" for name in BASELINES))
     known = without_twins(runs[0])
     return {uid: {key: float(np.mean([run[uid][key] for run in runs])) for key in keys} for uid in sorted(known)}
 
@@ -59,8 +60,10 @@ def table(headers: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def of_variants(found: dict[str, dict[str, dict[str, float]]], variants: list[Variant]) -> dict[str, str]:
-    """By question, a table of its variants against `both`."""
+def of_variants(
+    found: dict[str, dict[str, dict[str, float]]], variants: list[Variant], config: StudyConfig
+) -> dict[str, str]:
+    """By question, a table of its variants against `both`, with what makes each row again."""
     base = column(found[BASE], "psnr")
     rows: dict[str, list[list[str]]] = defaultdict(list)
     for variant in variants:
@@ -69,9 +72,10 @@ def of_variants(found: dict[str, dict[str, dict[str, float]]], variants: list[Va
         difference = "" if variant.name == BASE else f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
         rows[variant.question].append([
             variant.what, cell(column(mine, "psnr")), difference, cell(column(mine, "ssim"), 3),
-            cell(column(mine, "identified")), f"`variants=[{variant.name}]`",
+            cell(column(mine, "identified")),
+            f"`{command_of(replace(config, variants=[variant.name], distil=0))}`",
         ])  # fmt: skip
-    headers = ["", "PSNR, dB", "against both stages", "SSIM", "identified", "python study/run.py"]
+    headers = ["", "PSNR, dB", "against both stages", "SSIM", "identified", "made by"]
     both = next(iter(rows.values()))[0]
     return {question: table(headers, mine if both in mine else [both, *mine]) for question, mine in rows.items()}
 
@@ -92,13 +96,12 @@ def of_samplings(out: Path, config: StudyConfig, base: dict[str, dict[str, float
 
 
 def of_baselines(objects: dict[str, dict[str, float]]) -> str:
-    rows = [["samples, both stages", cell(column(objects, "psnr")), ""]]
+    rows = [["samples, both stages", cell(column(objects, "psnr")), "", cell(column(objects, "identified"))]]
     for key, words in BASELINES.items():
         gain = paired_difference(column(objects, "psnr"), column(objects, key))
-        rows.append(
-            [words, cell(column(objects, key)), f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"]
-        )
-    return table(["", "PSNR, dB", "samples are better by"], rows)
+        better = f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+        rows.append([words, cell(column(objects, key)), better, cell(column(objects, f"{key}_identified"))])
+    return table(["", "PSNR, dB", "samples are better by", "identified"], rows)
 
 
 def by_kind(out: Path, objects: dict[str, dict[str, float]]) -> str:
@@ -146,10 +149,10 @@ def stages_compared(runs: dict[str, Any]) -> list[str]:
     found = []
     for name, judged in runs.items():
         other = runs.get(name.replace("stage2", "stage1"))
-        if name.startswith("stage2") and other and judged["mesh"].keys() == other["mesh"].keys():
+        if name.startswith("stage2") and other and judged["mesh"].keys() & other["mesh"].keys():
             gain = paired_difference(column(judged["mesh"], "psnr"), column(other["mesh"], "psnr"))
             found.append(f"Meshes of {name} are better than those of stage 1 alone by {gain['mean']:+.2f} dB "
-                         f"[{gain['low']:+.2f}, {gain['high']:+.2f}].")  # fmt: skip
+                         f"[{gain['low']:+.2f}, {gain['high']:+.2f}], on {gain['objects']} objects.")  # fmt: skip
     return found
 
 
@@ -161,7 +164,7 @@ def azimuths(out: Path, variants: list[Variant], seeds: list[int]) -> dict[str, 
         for seed in seeds:
             told: Any = read_json(out / "samples" / f"{variant.name}-{seed}" / "samples.json", "samples")
             for values in without_twins(told["objects"]).values():
-                views += zip(told["azimuth_deg"], values["by_view"], strict=True)
+                views += zip(values["azimuth_deg"], values["by_view"], strict=True)
         found[variant.name] = by_azimuth(views)
     return found
 
@@ -180,10 +183,27 @@ def command_of(config: StudyConfig) -> str:
     return shlex.join(["python", "study/run.py", *words])
 
 
-def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Path:
+def device_of(config: StudyConfig) -> str:
+    cores = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return cores if config.cpu else f"{torch.cuda.get_device_name()}, {cores}"
+
+
+def minutes_of(out: Path) -> str:
+    """What each kind of step of this folder has taken, by its record."""
+    spent: dict[str, float] = defaultdict(float)
+    for path in sorted((out / "steps").glob("*.json")):
+        name = path.stem
+        kind = ("rendering" if name.startswith("render") else "training" if name.endswith(("-stage1", "-stage2"))
+                else "distilling" if name.startswith("distil") else "all else")  # fmt: skip
+        spent[kind] += read_json(path, "a step's record")["seconds"]
+    return ", ".join(f"{kind} {seconds / 60:.0f} min" for kind, seconds in spent.items())
+
+
+def write_results(out: Path, config: StudyConfig, variants: list[Variant], failed: dict[str, str]) -> Path:
+    """failed: why others have no row, by name."""
     found = {one.name: objects_of(out, [f"{one.name}-{seed}" for seed in config.seeds]) for one in variants}
     sides = azimuths(out, variants, config.seeds)
-    tables = of_variants(found, variants) | {"Against what needs no model": of_baselines(found[BASE])}
+    tables = of_variants(found, variants, config) | {"Against what needs no model": of_baselines(found[BASE])}
     tables["Which guidance and how many steps of the 2D samples?"] = of_samplings(out, config, found[BASE])
     tables["Which objects?"] = by_kind(out, found[BASE])
     spreads = [[name, f"{told['spread_db']:.2f}"] for name, told in sides.items() if told]
@@ -192,6 +212,7 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Pa
     meshes = of_meshes(out, distilled, config.seeds)
     if meshes:
         tables["Meshes of held-out objects, by stage and guidance scale"] = meshes
+    (out / "differences.png").unlink(missing_ok=True)
     if len(variants) > 1:
         write_differences(out, found, variants)
     caveat = CAVEAT.format(size=config.image_size)
@@ -200,14 +221,16 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant]) -> Pa
     held_out = f"{len(found[BASE])} held out"
     if twins:
         held_out += f" ({len(twins)} more left out, to which one trained on is within {TWIN:g} dB: {', '.join(twins)})"
-    facts = (f"{datetime.date.today()}, {os.cpu_count()} CPUs ({platform.machine()}); {trained} objects trained on, "
+    facts = (f"{datetime.date.today()}, {device_of(config)}; {minutes_of(out)}.  {trained} objects trained on, "
              f"{held_out}, seeds {config.seeds}; {config.sample_steps} DDIM steps, guidance "
              f"{config.guidance:g}. Brackets: 95 % intervals by bootstrap over objects; differences are of the same "
-             f"objects. `{command_of(config)}` makes all of it again.")  # fmt: skip
+             "objects. How much another training, of another seed, would change is not in them. "
+             f"`{command_of(config)}` makes all of it again.")  # fmt: skip
+    facts += "".join(f"\n\nNot made: {name}: {words}" for name, words in failed.items())
     parts = [f"# Results\n\n**{caveat}**\n\n{facts}\n"]
     if len(variants) > 1:
         parts.append("Samples of each variant against those of both stages:\n\n![differences](differences.png)\n")
-    parts += [f"## {title}\n\n*{caveat}*\n\n{body}\n" for title, body in tables.items()]
+    parts += [f"## {title}\n\n*{caveat}* `{command_of(config)}`\n\n{body}\n" for title, body in tables.items()]
     with atomic_file(out / "RESULTS.md") as temporary:
         temporary.write_text("\n".join(parts))
     write_page(out, caveat, facts, sides, found[BASE], config.seeds[0], distilled)
@@ -231,8 +254,8 @@ def write_figure(out: Path, name: str, held_out: int) -> None:
     """study.png: of the objects distilled as `name`, those whose samples add most and least to the baselines."""
     judged: Any = read_json(out / "judged" / name / "meshes.json", "judged meshes")["mesh"]
     ranked = [uid for uid in read_json(out / "distilled.json", "distilled objects") if uid in judged]
-    ends = {"best": ranked[0], "worst": ranked[-1]} if len(ranked) > 1 else {"one": ranked[0]}
-    picture = figure([(f"{end} of {held_out} held-out objects: {uid}, mesh {judged[uid]['psnr']:.1f} dB",
+    ends = {"most": ranked[0], "least": ranked[-1]} if len(ranked) > 1 else {"much": ranked[0]}
+    picture = figure([(f"{uid}, of {held_out} held-out objects the one whose samples add {end} to the baselines",
                        out / "judged" / name / f"{uid}.png") for end, uid in ends.items()])  # fmt: skip
     with atomic_file(out / "study.png") as temporary:
         picture.save(temporary, format="PNG")
@@ -251,16 +274,17 @@ def write_page(
     shown = out / "samples" / f"{BASE}-{seed}" / "samples.png"
     ranked = sorted(objects, key=lambda uid: -objects[uid]["psnr"])
     rows = [[uid, *(round(objects[uid][k], 3) for k in ("psnr", "ssim", *BASELINES))] for uid in ranked]
-    chart = out / "differences.png"
-    drawn = [("Variants", report.gallery([report.picture(chart, "PSNR against both stages", "differences")]))]
     sections = [
-        ("By azimuth", report.line_chart(lines, "PSNR by azimuth from the front", "degrees", "dB")),
-        *(drawn if len(lines) > 1 else []),
+        ("By azimuth", report.line_chart(lines, "PSNR by azimuth from the reference", "degrees", "dB")),
         ("From the best to the worst", report.gallery([
             report.picture(shown, "reference and samples, each over the renders they should match", "samples")
         ])),
         ("Objects", report.table(["object", "PSNR", "SSIM", *BASELINES.values()], rows, "Held out; both stages.")),
     ]  # fmt: skip
+    chart = out / "differences.png"
+    if chart.is_file():
+        drawn = report.gallery([report.picture(chart, "samples of each variant against both stages", "differences")])
+        sections.insert(0, ("Variants", drawn))
     for folder in (out / "judged" / name for name in distilled):
         mesh: Any = read_json(folder / "meshes.json", "judged meshes")["mesh"]
         pictures = [

@@ -3,14 +3,15 @@
     python study/run.py [out=runs/study] [variants=[stage1,no_reference]] [limit=8 stage1='["steps=20"]' ...]
 
 Each step is the command a user would type; it is run once, and again only when it or a step before it has changed.
-Interrupted at any point, the study goes on where it was.  Several may share one out=, as the jobs of slurm/study.sh do:
-each step is taken by one of them.
+Interrupted at any point, the study goes on where it was.  Several may share one out=, as the jobs of slurm/study.sh do;
+one that wants a step which another is at ends and says so.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -38,11 +39,14 @@ class Plan:
         self.config, self.out, self.number = config, Path(config.out), 0
         self.marks: dict[str, str] = {}
 
-    def run(self, name: str, command: list[str], makes: str, *made_from: str, passes: tuple[int, ...] = (0,)) -> None:
-        """passes: the statuses with which the step is done."""
+    def run(
+        self, name: str, command: list[str], makes: str, *made_from: str, passes: tuple[int, ...] = (0,),
+        removes: bool = True,
+    ) -> None:  # fmt: skip
+        """passes, removes: see demo/run.py."""
         self.number += 1
         before = "".join(self.marks[one] for one in made_from)
-        step = Step(name, command, self.out / makes, passes)
+        step = Step(name, command, self.out / makes, passes, removes)
         with locked(self.out / "steps" / name):
             self.marks[name] = run_step(step, self.number, 0, self.out, before)
 
@@ -60,8 +64,12 @@ def fetched(config: StudyConfig) -> list[Path]:
 
 
 def render(plan: Plan, sources: list[Path]) -> None:
-    """views_val with eval rings, views_train without, and shards of both."""
+    """views_val with eval rings, views_train without, and shards of both.
+
+    The libraries' objects lie in one folder: what changes any of them makes all anew, the first removing what is there.
+    """
     config, out = plan.config, plan.out
+    plan.marks["libraries"] = " ".join(config.libraries)
     share, limit = f"select.val_share={config.val_share}", f"limit={config.limit}"
     for split, evaluated in (("val", 8), ("train", 0)):
         names: list[str] = []
@@ -69,7 +77,7 @@ def render(plan: Plan, sources: list[Path]) -> None:
             name = f"render_{split}_{source.stem}"
             command = [*PYTHON, "data/render.py", f"source={source}", f"out={out}/views_{split}", *RENDER, share, limit,
                        f"select.split={split}", f"eval_views={evaluated}", *config.render]  # fmt: skip
-            plan.run(name, command, f"views_{split}", *names[-1:])
+            plan.run(name, command, f"views_{split}", *(names[-1:] or ["libraries"]), removes=not names)
             names.append(name)
         pack(plan, split, names[-1])
 
@@ -120,9 +128,8 @@ def train(plan: Plan, variant: Variant, seed: int) -> str:
                  *variant.parts]  # fmt: skip
         plan.run(parts, [*PYTHON, "models/small.py", *words], parts, "pack_train")
     latents = encode(plan, variant, shards, parts, size)
-    threads = str(max((os.cpu_count() or 1) // config.processes, 1))
-    launch = [*ACCELERATE, "--num_processes", str(config.processes), "--num_cpu_threads_per_process", threads,
-              "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    launch = [*ACCELERATE, "--num_processes", str(config.processes), "--num_cpu_threads_per_process",
+              str(config.threads), "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     common = [
         "experiment=small_world", f"cpu={str(config.cpu).lower()}", f"seed={seed}", f"data.image_size={size}",
         f"data.shards={out}/{latents}", f"model.autoencoder.weights={out}/{parts}/vae",
@@ -157,14 +164,16 @@ def render_nearest(plan: Plan, sources: list[Path]) -> None:
                f"{out}/nearest.json", str(config.image_size)]  # fmt: skip
     plan.run("nearest", command, "nearest.json", "parts")
     names = {row["nearest"] for row in json.loads((out / "nearest.json").read_text()).values()}
-    before = "nearest"
+    plan.marks["nearest_names"] = plan.marks["nearest"] + " ".join(sorted(names))
+    before = "nearest_names"
     for source in sources:
         mine = sorted({asset.uid for asset in list_assets(source)} & names)
         if mine:
             unused = ["rings=1", "views_per_ring=4", "references=1"]  # only the evaluation views are looked at
             words = [f"source={source}", f"out={out}/views_nearest", *RENDER, f"names=[{','.join(mine)}]",
                      "eval_views=8", *config.render, *unused]  # fmt: skip
-            plan.run(f"render_nearest_{source.stem}", [*PYTHON, "data/render.py", *words], "views_nearest", before)
+            plan.run(f"render_nearest_{source.stem}", [*PYTHON, "data/render.py", *words], "views_nearest", before,
+                     removes=before == "nearest_names")  # fmt: skip
             before = f"render_nearest_{source.stem}"
     plan.marks["render_nearest"] = plan.marks[before]
 
@@ -215,21 +224,35 @@ def main(config: StudyConfig) -> None:
     plan = Plan(config)
     sources = fetched(config)
     render(plan, sources)
+    failed: dict[str, str] = {}
     for seed in config.seeds:
         for variant in variants:
-            trained = train(plan, variant, seed)
-            if "render_nearest" not in plan.marks:
-                render_nearest(plan, sources)
-            judge(plan, f"{variant.name}-{seed}", trained, config.guidance, config.sample_steps)
-            for name, guidance, steps in config.samplings() if variant.name == BASE else ():
-                judge(plan, f"{BASE}-{seed}-{name}", trained, guidance, steps)
+            try:
+                train_and_judge(plan, sources, variant, seed)
+            except UserError as error:
+                if variant.name == BASE:  # which all are compared with
+                    raise
+                print(f"error: {variant.name}: {error}", file=sys.stderr, flush=True)
+                failed[variant.name] = str(error)
         if config.distil:
             distil(plan, seed)
+    if config.tables:
+        from study.results import write_results
 
-    from study.results import write_results
+        path = write_results(plan.out, config, [one for one in variants if one.name not in failed], failed)
+        print(f"study: {path} ({time.monotonic() - began:.0f} s this time)")
+    if failed:
+        raise UserError(f"the tables lack {', '.join(failed)}; the reasons are above")
 
-    path = write_results(plan.out, config, variants)
-    print(f"study: {path} ({time.monotonic() - began:.0f} s this time)")
+
+def train_and_judge(plan: Plan, sources: list[Path], variant: Variant, seed: int) -> None:
+    config = plan.config
+    trained = train(plan, variant, seed)
+    if "render_nearest" not in plan.marks:
+        render_nearest(plan, sources)
+    judge(plan, f"{variant.name}-{seed}", trained, config.guidance, config.sample_steps)
+    for name, guidance, steps in config.samplings() if variant.name == BASE else ():
+        judge(plan, f"{BASE}-{seed}-{name}", trained, guidance, steps)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def judged(found: Tensor, truth: Truth, nearest: Tensor, uids: list[str] | None 
     object that was trained on."""
     others = {"white": torch.ones_like(truth.views), "mean_object": truth.views.mean(dim=0).expand_as(truth.views),
               "nearest_trained": nearest}  # fmt: skip
+    recognised = {name: against(pictures, truth).argmax(dim=1) for name, pictures in others.items()}
     told = {}
     for uid, views, row in zip(uids or truth.uids, found, against(found, truth), strict=True):
         number = truth.uids.index(uid)
@@ -51,6 +52,7 @@ def judged(found: Tensor, truth: Truth, nearest: Tensor, uids: list[str] | None 
             "rank": int((row > row[number]).sum()) + 1,
             "by_view": psnr(views, real).tolist(),
             **{name: float(psnr(pictures[number], real).mean()) for name, pictures in others.items()},
+            **{f"{name}_identified": bool(best[number] == number) for name, best in recognised.items()},
         }
     return told
 
@@ -63,6 +65,20 @@ def nearest_views(folder: Path, table: Path, truth: Truth, size: int) -> Tensor:
             f"{folder} was rendered from other cameras than the held-out objects; remove it and start again"
         )
     return torch.stack([known.views[known.uids.index(nearest[uid]["nearest"])] for uid in truth.uids])
+
+
+def azimuths_deg(truth: Truth, held_out: Path) -> Tensor:
+    """(O, V): of each view, from the object's reference."""
+    metas: list[Any] = [read_json(held_out / uid / "meta.json", "views") for uid in truth.uids]
+    references = torch.tensor([views_of(meta, "eval_reference")[0]["c2w"] for meta in metas])
+    views, reference = (torch.rad2deg(torch.atan2(c2w[:, 1, 3], c2w[:, 0, 3])) for c2w in (truth.c2w, references))
+    return views - reference[:, None]
+
+
+def resized(views: Tensor, size: int) -> Tensor:
+    """(O, V, 3, S, S) in [0, 1] -> (O, V, 3, size, size): the mean over areas when it is smaller, else bicubic."""
+    mode = "area" if size <= views.shape[-1] else "bicubic"
+    return F.interpolate(views.flatten(0, 1), (size, size), mode=mode).clamp(0, 1).unflatten(0, views.shape[:2])
 
 
 def write(out: Path, sampled: Tensor, truth: Truth, held_out: Path, told: dict[str, Any]) -> None:
@@ -100,13 +116,12 @@ def main() -> None:
     own = load_truth(options.held_out, info.image_size)
     sampled = sample_all(options.export, own, info.num_views, options.guidance, options.steps)
     truth = load_truth(options.held_out, options.size)
-    same = F.interpolate(sampled.flatten(0, 1), (options.size,) * 2, mode="area").unflatten(0, sampled.shape[:2])
+    same = resized(sampled, options.size)
     nearest = nearest_views(options.nearest, options.nearest.parent / "nearest.json", truth, options.size)
-    azimuth = torch.rad2deg(torch.atan2(truth.c2w[:, 1, 3], truth.c2w[:, 0, 3])).tolist()
-    told = {
-        "objects": judged(same, truth, nearest), "azimuth_deg": azimuth, "image_size": info.image_size,
-        "guidance": options.guidance, "steps": options.steps,
-    }  # fmt: skip
+    objects = judged(same, truth, nearest)
+    for one, azimuths in zip(objects.values(), azimuths_deg(truth, options.held_out).tolist(), strict=True):
+        one["azimuth_deg"] = azimuths
+    told = {"objects": objects, "image_size": info.image_size, "guidance": options.guidance, "steps": options.steps}
     write(options.out, same, truth, options.held_out, told)
     values = told["objects"].values()
     print(json.dumps({k: round(float(np.mean([v[k] for v in values])), 3) for k in ("psnr", "ssim", "identified")}))

@@ -1,21 +1,23 @@
-"""A share of a views folder's objects, by hash of the uid, so that a smaller share is part of a larger one.
+"""A share of a views folder's objects, by a hash of the uid, so that a smaller share is part of a larger one.
 
 python -m study.subset runs/study/views_train runs/study/views_train_0.25 0.25
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
 from data.files import UserError, atomic_folder
-from data.selection import split_of
 
 
 def main(views: Path, out: Path, share: float) -> None:
-    chosen = [
-        path.parent for path in sorted(views.glob("*/meta.json")) if split_of(path.parent.name, share, 0) == "val"
-    ]
+    def place(folder: Path) -> bytes:  # salted: the hash of the uid alone has decided that the object is in `views`
+        return hashlib.sha256(f"subset:{folder.name}".encode()).digest()
+
+    folders = sorted((path.parent for path in views.glob("*/meta.json")), key=place)
+    chosen = folders[: round(share * len(folders))]
     if not chosen:
         raise UserError(f"{views}: a share of {share:g} holds no object; take a larger one")
     with atomic_folder(out) as temporary:

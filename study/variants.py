@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # What needs no model; keys of samples.json.
-BASELINES = {"white": "white picture", "mean_object": "mean of the held-out objects",
+BASELINES = {"white": "white picture", "mean_object": "mean of the held-out objects, itself among them",
              "nearest_trained": "nearest object trained on"}  # fmt: skip
 # In dB of the nearest object trained on: a held-out object that reaches it was trained on, under another uid.
 TWIN = 30.0
@@ -31,8 +31,9 @@ EMBEDDING, AMOUNT, RESOLUTION = "Which embedding?", "How many objects?", "Which 
 VARIANTS = (
     Variant(BASE, STAGES, "both stages", stage1=()),
     Variant("stage1", STAGES, "stage 1 alone", stage2=None),
-    Variant("stage1_as_long", STAGES, "stage 1 alone, for the steps of both", stage1=("steps=3000",), stage2=None),
-    Variant("no_reference", EMA, "stage 2 without a reference", stage2=("objective.reference_probability=0",)),
+    # Stage 2's steps, schedule and shares of multi-view training, and nothing of its attention to a reference.
+    Variant("no_reference", STAGES, "as many steps, without a reference",
+            stage2=("objective.reference_probability=0",)),
     Variant("always", EMA, "a reference at every multi-view step", stage2=("objective.reference_probability=1",)),
     Variant("clean_timestep", EMA, "the reference at timestep 0", stage2=("model.ema.timestep=zero",)),
     Variant("own_camera", EMA, "the reference with its camera", stage2=("model.ema.camera=own",)),

@@ -23,7 +23,7 @@ from distill.evaluation.summary import by_azimuth, means
 from models.device import choose_device
 from models.image_encoder import load_image_encoder_folder
 
-VERSION = 1  # of the protocol: a number rises when a figure would come out otherwise
+VERSION = 2  # of the protocol: a number rises when a figure would come out otherwise
 LPIPS_OF = {"syncdreamer_gso": "vgg", "eschernet_gso": "alex"}
 
 
@@ -44,8 +44,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             progress.update()
     told = summed_up(config, measured, lacking)
     told["truth_without_prediction"] = sorted(truths.keys() - preds.keys()) if len(pairs) > 1 else []
-    write_json(out / "evaluation.json", told)
     write_page(out / "evaluation.html", told, measured)
+    write_json(out / "evaluation.json", told)  # last: it says that all is there
     for name, value in told["means"].items():
         print(f"{name:24} {value['mean']:10.5f}  [{value['low']:.5f}, {value['high']:.5f}]  {value['objects']} objects")
     for name, why in lacking.items():

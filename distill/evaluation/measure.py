@@ -26,7 +26,8 @@ SAME_DEG = 1.0  # cameras whose directions differ by less are one
 CONVENTIONS = {
     "ours": {
         "pictures": "alpha blended over white in floating point; the ground truth scaled to the prediction's size; "
-        "masked: pixels where the ground truth's alpha exceeds one half; ssim: Gaussian window 11, range 1, no borders",
+        "masked: pixels where the ground truth's alpha exceeds one half, of ssim and lpips with all others white in "
+        "both; ssim: Gaussian window 11, range 1, no borders",
         "chamfer_l1": "mean of both directions' mean distances between points on the surfaces",
         "chamfer_l2": "sum of both directions' mean squared distances",
         "f_score": "at the named distance; all distances in units of the ground truth's longest side",
@@ -60,7 +61,8 @@ class Tools:
 @dataclass
 class Measured:
     metrics: dict[str, float | None] = field(default_factory=dict)
-    views: list[tuple[float, float]] = field(default_factory=list)  # azimuth, PSNR of each view with a camera
+    # Azimuth from the reference in degrees, and PSNR, of each view with a camera.
+    views: list[tuple[float, float]] = field(default_factory=list)
     pictures: Tensor | None = None  # (2, V, 3, S, S): prediction, truth
     meshes: tuple[trimesh.Trimesh, trimesh.Trimesh] | None = None  # as they were compared
     azimuths_deg: list[float] | None = None
@@ -130,10 +132,13 @@ def with_pictures(found: Measured, pred: Item, truth: Item, config: EvaluateConf
     found.metrics |= {
         "psnr": float(quality.mean()),
         "psnr_masked": float(masked_psnr(ours, rgb, mask).nanmean()) if bool(mask.any()) else None,
-        "ssim": float(ssim(ours, rgb).mean()) if min(ours.shape[-2:]) >= 11 else None,
     }
-    if tools.lpips is not None:
-        found.metrics["lpips"] = float(tools.lpips(ours, rgb).mean())
+    within = [torch.where(mask[:, None], images, 1.0) for images in (ours, rgb)]
+    for name, (a, b) in (("", (ours, rgb)), ("_masked", within)):
+        if min(ours.shape[-2:]) >= 11:
+            found.metrics[f"ssim{name}"] = float(ssim(a, b).mean())
+        if tools.lpips is not None:
+            found.metrics[f"lpips{name}"] = float(tools.lpips(a, b).mean())
 
     def features(images: Tensor) -> Tensor:
         return (
@@ -149,7 +154,7 @@ def with_pictures(found: Measured, pred: Item, truth: Item, config: EvaluateConf
     if all(camera is not None for camera in cameras):
         azimuth = torch.tensor([camera.azimuth_deg for camera in cameras if camera is not None])
         found.azimuths_deg = azimuth.tolist()
-        found.views = list(zip(azimuth.tolist(), quality.tolist(), strict=True))
+        found.views = list(zip((azimuth - truth.reference_azimuth_deg).tolist(), quality.tolist(), strict=True))
         found.metrics["janus"] = janus_index(features(ours), azimuth)
         found.metrics["janus_truth"] = janus_index(features(rgb), azimuth)
         if config.consistency_steps:

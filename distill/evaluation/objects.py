@@ -46,6 +46,7 @@ class Item:
     cameras: dict[int, Cameras] = field(default_factory=dict)  # of the pictures, where they are known
     mesh: Path | None = None
     depths: dict[int, Path] = field(default_factory=dict)  # SyncDreamer's depth pictures of the mesh
+    reference_azimuth_deg: float = 0.0  # of the held-out reference view; without one, the front
 
 
 def find_objects(path: Path, key: str) -> dict[str, Item]:
@@ -106,6 +107,8 @@ def with_meta(item: Item, folder: Path) -> None:
             int(Path(view["file"]).stem): camera_of(view["c2w"], view["fov_deg"], folder / "meta.json")
             for view in views
         }
+        for view in views_of(meta, "eval_reference")[:1]:
+            item.reference_azimuth_deg = camera_of(view["c2w"], None, folder / "meta.json").azimuth_deg
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'meta.json'} is not data/render.py's: {error!r}; render the object again") from None
 

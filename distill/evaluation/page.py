@@ -48,7 +48,7 @@ def write_page(path: Path, told: dict[str, Any], measured: dict[str, Measured]) 
     if told["by_azimuth"]:
         found = told["by_azimuth"]
         points = list(zip(found["azimuth_deg"], found["psnr"], strict=True))
-        title = f"PSNR by azimuth from the front; spread {found['spread_db']:.2f} dB"
+        title = f"PSNR by azimuth from the reference; spread {found['spread_db']:.2f} dB"
         sections.append(("By azimuth", report.line_chart({"PSNR": points}, title, "degrees", "dB")))
     every = [[name, *(_rounded(objects[name].get(n)) for n in names)] for name in order]
     sections.append(("Objects, worst first", report.table(["object", *names], every, f"Ordered by {by}.")))

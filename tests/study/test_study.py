@@ -12,11 +12,12 @@ from PIL import Image
 
 from conf.cli import ConfigError
 from data.files import UserError
+from data.selection import split_of
 from demo.proof import Truth
 from study import figure, meshes, results, subset
 from study.config import StudyConfig
 from study.samples import judged
-from study.variants import BASE, VARIANTS, Variant, chosen
+from study.variants import BASE, BASELINES, VARIANTS, Variant, chosen
 
 
 def truth(objects: int = 3) -> Truth:
@@ -94,7 +95,10 @@ def test_meshes_of_both_stages_are_compared_on_the_same_objects(tmp_path: Path) 
     names = [name for name, _, _ in StudyConfig(guidance=1.5, guidance_scales=[1.5, 3.0]).distillations(0)]
     words = results.of_meshes(tmp_path, names, [0])
     assert words is not None and "| stage2-0-1.5 | 2 of 3 | 17.25 [15.00, 19.50] |" in words
-    assert "Meshes of stage2-0-1.5 are better than those of stage 1 alone by +1.25 dB [+1.00, +1.50]." in words
+    assert (
+        "Meshes of stage2-0-1.5 are better than those of stage 1 alone by +1.25 dB [+1.00, +1.50], on 2 objects."
+        in words
+    )
     assert "of-another-call" not in words
     assert words.count("are better") == 1  # guidance 3 has no counterpart
     assert "| 2D samples, both stages | 21.00 [20.00, 22.00] |" in words  # of the two that were distilled
@@ -109,14 +113,16 @@ def test_the_command_that_makes_it_again() -> None:
 
 
 def test_smaller_shares_are_parts_of_larger_ones(tmp_path: Path) -> None:
-    for number in range(40):
-        (tmp_path / "views" / f"uid{number}").mkdir(parents=True)
-        (tmp_path / "views" / f"uid{number}" / "meta.json").write_text("{}")
+    chosen = [uid for uid in map("uid{}".format, range(500)) if split_of(uid, 0.13, 0) == "train"]
+    for uid in chosen:
+        (tmp_path / "views" / uid).mkdir(parents=True)
+        (tmp_path / "views" / uid / "meta.json").write_text("{}")
     names = []
-    for share in (0.25, 0.5, 1.0):
+    for share in (0.25, 0.5, 1.0):  # of what was itself chosen by the hash of the uid
         subset.main(tmp_path / "views", tmp_path / f"{share}", share)
         names.append({path.name for path in (tmp_path / f"{share}").iterdir()})
-    assert names[0] < names[1] < names[2] and len(names[2]) == 40
+    assert names[0] < names[1] < names[2] and len(names[2]) == len(chosen)
+    assert [len(some) for some in names[:2]] == [round(len(chosen) / 4), round(len(chosen) / 2)]
     assert all((tmp_path / "0.25" / name / "meta.json").is_file() for name in names[0])
     with pytest.raises(UserError, match="holds no object"):
         subset.main(tmp_path / "views", tmp_path / "none", 1e-9)
@@ -132,22 +138,24 @@ def test_unknown_variants_are_named() -> None:
 def samples(out: Path, name: str, psnr: list[float], seed: str = "-0") -> None:
     folder = out / "samples" / f"{name}{seed}"
     folder.mkdir(parents=True)
-    same = {"ssim": 0.5, "white": 10.0, "mean_object": 12.0, "nearest_trained": 15.0}
+    same = {"ssim": 0.5, "white": 10.0, "mean_object": 12.0, "nearest_trained": 15.0, "azimuth_deg": [0.0, 180.0]}
+    same |= {f"{name}_identified": False for name in BASELINES}
     told = {
         f"object{n}": same | {"psnr": value, "identified": n > 0, "by_view": [value - 1, value + 1]}
         for n, value in enumerate(psnr)
     }
-    (folder / "samples.json").write_text(json.dumps({"objects": told, "azimuth_deg": [0.0, 180.0]}))
+    (folder / "samples.json").write_text(json.dumps({"objects": told}))
 
 
 def test_tables_compare_the_same_objects(tmp_path: Path) -> None:
-    base, other = (Variant(name, "Which?", name, stage1=()) for name in (BASE, "other"))
+    base, other = (Variant(name, "Which?", name, stage1=()) for name in (BASE, "always"))
     samples(tmp_path, BASE, [20.0, 22.0, 30.0])
-    samples(tmp_path, "other", [21.0, 23.0, 31.0])
+    samples(tmp_path, "always", [21.0, 23.0, 31.0])
     found = {one.name: results.objects_of(tmp_path, [f"{one.name}-0"]) for one in (base, other)}
-    (rows,) = results.of_variants(found, [base, other]).values()
-    assert "| other | 25.00 [21.00, 31.00] | +1.00 [+1.00, +1.00] |" in rows  # every object by one
+    (rows,) = results.of_variants(found, [base, other], StudyConfig(sample_steps=7)).values()
+    assert "| always | 25.00 [21.00, 31.00] | +1.00 [+1.00, +1.00] |" in rows  # every object by one
     assert "0.67 [0.00, 1.00]" in rows  # two of three identified
+    assert "`python study/run.py 'variants=[always]' sample_steps=7 distil=0`" in rows
     assert "+9.00" in results.of_baselines(found[BASE])
     sides = results.azimuths(tmp_path, [base], [0])[BASE]
     assert sides["psnr"] == [23.0, 25.0] and sides["spread_db"] == 1.0

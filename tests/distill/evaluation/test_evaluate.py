@@ -67,16 +67,36 @@ def test_views_of_several_objects(tmp_path: Path) -> None:
     told = evaluate(config(tmp_path))
     saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert saved["objects"] == told["objects"]
-    assert saved["protocol"] == "isotropic3d-ours/1"
+    assert saved["protocol"] == "isotropic3d-ours/2"
     assert told["objects"]["lamp"]["psnr_masked"] == pytest.approx(-20 * np.log10(0.2), abs=0.02)
     assert told["objects"]["lamp"]["psnr"] > told["objects"]["lamp"]["psnr_masked"]
     assert told["objects"]["chair"]["psnr"] >= 60
+    assert told["objects"]["chair"]["ssim_masked"] == pytest.approx(1)
+    assert told["objects"]["lamp"]["ssim_masked"] == pytest.approx(told["objects"]["lamp"]["ssim"])  # all off is within
     assert told["means"]["psnr"]["objects"] == 2
     assert told["objects"]["chair"]["janus"] == pytest.approx(told["objects"]["chair"]["janus_truth"])
     assert "clip_similarity" in told["not_measured"]
     page = (tmp_path / "out" / "evaluation.html").read_text()
     assert page.index(">lamp<") < page.index(">chair<")  # the worst first
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_azimuth_is_counted_from_the_reference(tmp_path: Path) -> None:
+    colours = [(100, 50, 20)] * 8
+    rendered(tmp_path / "truth" / "chair", colours)
+    rendered(tmp_path / "pred" / "chair", [(151, 101, 71), *colours[1:]])  # at the front it is wrong
+    assert evaluate(config(tmp_path))["by_azimuth"]["psnr"].index(min_of(tmp_path / "out")) == 0
+    path = tmp_path / "truth" / "chair" / "meta.json"
+    meta = json.loads(path.read_text())
+    pose = orbit_camera(torch.tensor(-90.0), torch.tensor(5.0), torch.tensor(2.0)).tolist()
+    meta["views"].append(meta["views"][0] | {"role": "eval_reference", "c2w": pose})
+    path.write_text(json.dumps(meta))
+    told = evaluate(config(tmp_path, out=str(tmp_path / "out2")))["by_azimuth"]
+    assert told["azimuth_deg"][told["psnr"].index(min_of(tmp_path / "out2"))] == 90
+
+
+def min_of(out: Path) -> float:
+    return min(json.loads((out / "evaluation.json").read_text())["by_azimuth"]["psnr"])
 
 
 def test_views_are_paired_by_camera_where_both_have_one(tmp_path: Path) -> None:
@@ -143,7 +163,7 @@ def test_presets_name_what_they_measured(tmp_path: Path) -> None:
         trimesh.creation.icosphere(subdivisions=3, radius=0.5).export(tmp_path / side / "ball.ply")
     for preset in ("syncdreamer_gso", "eschernet_gso"):
         told = evaluate(config(tmp_path, preset=preset, out=str(tmp_path / preset)))
-        assert told["protocol"] == f"isotropic3d-{preset}/1"
+        assert told["protocol"] == f"isotropic3d-{preset}/2"
         assert told["objects"]["ball"]["chamfer"] < 2e-3 and told["objects"]["ball"]["volume_iou"] > 0.99
 
 
