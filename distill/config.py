@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -96,6 +98,11 @@ class LightConfig:
     diffuse_prob: float = 0.75  # after it: chance of shading at all (threestudio's default, which the release keeps)
     textureless_prob: float = 0.5  # and of white material among the shaded (released)
 
+    def __post_init__(self) -> None:
+        for name in ("ambient_share", "diffuse_prob", "textureless_prob"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"light.{name}={value} must lie in [0, 1]")
+
 
 @dataclass
 class OptimizerConfig:
@@ -104,6 +111,15 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # AdamW (released)
     eps: float = 1e-15  # (released)
     weight_decay: float = 0.01  # torch's default for AdamW, which the release keeps
+
+    def __post_init__(self) -> None:
+        check(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optimizer.betas={self.betas} must be two numbers in [0, 1)",
+        )
+        for name in ("lr_grid", "lr_network", "eps", "weight_decay"):
+            value = getattr(self, name)
+            check(0 <= value < math.inf, f"optimizer.{name}={value} must be a number that is not negative")
 
 
 @dataclass
@@ -136,6 +152,7 @@ class TurntableConfig:
     views: int = 8  # columns of the PNG strip
 
     def __post_init__(self) -> None:
+        check(1 <= self.fps <= 120, f"turntable.fps={self.fps} must be 1 to 120")
         check(self.frames >= 2 and self.views >= 1, "turntable.frames must be at least 2 and turntable.views 1")
         check(self.size >= 16 and self.size % 16 == 0, f"turntable.size={self.size} must be a multiple of 16 (video)")
 
@@ -150,9 +167,11 @@ def joined_words(words: list[str]) -> list[str]:
         return "=" not in word or (key.split(".")[0] not in keys and Path(word).is_file())
 
     def literal(word: str) -> str:
-        """The name of a file that is there is no list of a sweep's values and no formula."""
+        """The name of a file that is there is no list of a sweep's values and no formula; nor is out= without comma."""
         key, _, value = word.partition("=")
-        return f"{key}={quoted(value)}" if key in ("image", "embedding") and Path(value).exists() else word
+        there = key in ("image", "embedding", "checkpoint") and Path(value).exists()
+        odd = key == "out" and re.fullmatch(r"[^'\",$][^\",$]*", value) and re.search(r"[=()\[\]{}' ]", value)
+        return f"{key}={quoted(value)}" if there or odd else word
 
     images = [word for before, word in zip(["", *words], words, strict=False)
               if is_picture(word) and not word.startswith("-") and before not in options]  # fmt: skip
@@ -161,8 +180,8 @@ def joined_words(words: list[str]) -> list[str]:
 
 
 def quoted(word: str) -> str:
-    """As Hydra reads a value with spaces or signs in it."""
-    return "'" + word.replace("'", "\\'") + "'"
+    """As Hydra reads a value with spaces or signs in it: a backslash counts as such unless a quote follows."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), word) + "'"
 
 
 @dataclass
@@ -224,5 +243,8 @@ class GenerateConfig:
                 self.elevation_deg[0] > -90 and self.elevation_deg[1] < 90,
                 f"elevation_deg={self.elevation_deg} must lie between -90 and 90",
             )
+        if self.framing is not None:
+            check(self.framing[0] > 0, f"framing={self.framing} must be above 0: a camera at the object sees nothing")
+        check(0 <= self.seed < 2**31, f"seed={self.seed} must be 0 to {2**31 - 1}")
         if self.fov_deg is not None:
             check(self.fov_deg[0] > 0 and self.fov_deg[1] < 180, f"fov_deg={self.fov_deg} must lie between 0 and 180")

@@ -39,6 +39,7 @@ class FieldConfig:
             self.levels >= 1 and self.features >= 1,
             f"field.levels={self.levels} and features={self.features} must be >= 1",
         )
+        check(self.hidden >= 1, f"field.hidden={self.hidden} must be at least 1")
         check(8 <= self.log2_entries <= 24, f"field.log2_entries={self.log2_entries} must be 8 to 24")
         check(
             2 <= self.base_resolution <= self.max_resolution,

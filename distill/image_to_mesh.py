@@ -243,6 +243,9 @@ def conclude(job: Job, scene: Scene, model: MultiViewModel, seconds: dict[str, f
             finish(job, scene, model, seconds, continued)
     except UserError as error:
         raise UserError(f"{scene.failed}; what its sound steps made has no mesh ({error})") from None
+    except Exception:  # the reason for giving it up is the first thing to know
+        traceback.print_exc()
+        raise UserError(f"{scene.failed}; what its sound steps made has no mesh, as the traceback above says") from None
     raise UserError(f"{scene.failed}; {scene.out / 'mesh.glb'} shows what its sound steps made")
 
 

@@ -5,6 +5,7 @@ The paper is named after it: the conditioning is an embedding alone, so that no 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def isotropy(run: Run, model: MultiViewModel, context: Tensor, ranges: CameraRan
     """Mean squared distance of each view's latents to the model's conditional x0, with fixed noise.
 
     context (1, T, D).  Returns azimuth_deg (from the front), error of each, and spread: their standard deviation over
-    their mean, 0 where all azimuths are alike.
+    their mean, 0 where all azimuths are alike.  None where the model gives no finite number.
     """
     scheduler: Any = model.scheduler
     views, device = model.info.num_views, run.occupancy.live.device
@@ -50,8 +51,9 @@ def isotropy(run: Run, model: MultiViewModel, context: Tensor, ranges: CameraRan
             x0 = sds.predict_x0(noisy, output, alpha_bar, scheduler.config.prediction_type)
             errors[chosen] += (x0 - own).float().square().mean(dim=(0, 2, 3, 4)).cpu() / len(TIMESTEPS)
     azimuths = [360 * number / len(errors) for number in range(len(errors))]
+    spread = float(errors.std(correction=0) / errors.mean().clamp(min=1e-12))
     return {
         "azimuth_deg": azimuths,
-        "error": [round(float(error), 6) for error in errors],
-        "spread": round(float(errors.std(correction=0) / errors.mean().clamp(min=1e-12)), 4),
+        "error": [round(error, 6) if math.isfinite(error) else None for error in errors.tolist()],
+        "spread": round(spread, 4) if math.isfinite(spread) else None,
     }

@@ -58,7 +58,7 @@ def jobs_of(config: GenerateConfig) -> list[GenerateConfig]:
         return [config]  # of an embedding
     if images[0].is_dir():
         folder = images[0]
-        images[:1] = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        images[:1] = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
         if not images:
             raise UserError(f"image={folder} is a folder without pictures ({', '.join(SUFFIXES)})")
     elif len(images) == 1:
@@ -122,10 +122,13 @@ class Queue:
                 group = self.waiting.get_nowait()
             except queue.Empty:
                 return
-            with tempfile.TemporaryDirectory() as folder:
-                answer = Path(folder, "answer.json")
-                status = self.run(group, device, Path(folder, "asked.json"), answer)
-                failed = why_failed(group, status, answer)
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    answer = Path(folder, "answer.json")
+                    status = self.run(group, device, Path(folder, "asked.json"), answer)
+                    failed = why_failed(group, status, answer)
+            except Exception as error:  # no process, a full disk: it costs this group, and the device takes the next
+                failed = {job.out: f"{type(error).__name__}: {error}" for job in group}
             with self.lock:
                 self.account(group, failed)
 

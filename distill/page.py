@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,14 @@ def overview(outs: list[Path]) -> str:
         seconds, mesh = result["seconds"], result["mesh"]
         minutes = round((seconds["distil"] + seconds["mesh"] + seconds["turntable"]) / 60, 2)
         rows.append([out.name, result["steps"], minutes, mesh["vertices"], mesh["faces"], mesh["watertight"],
-                     result["isotropy"]["spread"], result["device"]])  # fmt: skip
+                     number_of(result["isotropy"]["spread"]), result["device"]])  # fmt: skip
     headers = ["object", "steps", "minutes", "vertices", "faces", "watertight", "spread over azimuth", "device"]
     return report.table(headers, rows, "Minutes are of this start alone: distilling, mesh and turntable.")
+
+
+def number_of(value: float | None) -> float:
+    """JSON has no NaN: result.json has null where a number was not finite."""
+    return math.nan if value is None else value
 
 
 def of_object(out: Path) -> str:
@@ -61,8 +67,8 @@ def of_object(out: Path) -> str:
 
 def by_azimuth(out: Path) -> str:
     found: Any = read_json(out / "result.json", "result")["isotropy"]
-    points = list(zip(found["azimuth_deg"], found["error"], strict=True))
-    title = f"what the model still wants changed, by azimuth from the front; spread {found['spread']}"
+    points = [(azimuth, number_of(error)) for azimuth, error in zip(found["azimuth_deg"], found["error"], strict=True)]
+    title = f"what the model still wants changed, by azimuth from the front; spread {number_of(found['spread'])}"
     return report.line_chart({"error": points}, title, "degrees", "error")
 
 

@@ -58,6 +58,7 @@ class VolumeConfig:
         )
         check(0 < self.occupancy_decay < 1, f"volume.occupancy_decay={self.occupancy_decay} must lie between 0 and 1")
         check(self.occupancy_every >= 1, f"volume.occupancy_every={self.occupancy_every} must be at least 1")
+        check(0 <= self.background <= 1, f"volume.background={self.background} must lie in [0, 1]")
         check(0 <= self.stop_below < 1, f"volume.stop_below={self.stop_below} must lie in [0, 1)")
         check(0 <= self.prune_alpha < 1, f"volume.prune_alpha={self.prune_alpha} must lie in [0, 1)")
         check(

@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, default=256, help="pixels a side the model was trained at (256)")
     parser.add_argument("--num-views", type=int, default=4, help="views it was trained with (4)")
     parser.add_argument(
-        "--camera", default="mvdream", help="camera convention of the weights: mvdream (default), "
-        "isotropic3d_released_2d or isotropic3d_released_sds",
+        "--camera", help="camera convention of the weights: mvdream, isotropic3d_released_2d or "
+        "isotropic3d_released_sds; mvdream where there is no image encoder, else it must be given",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     try:
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} {value} must be at least 1")
-    if arguments.camera not in CONVENTIONS:
+    if arguments.camera not in (None, *CONVENTIONS):
         raise UserError(f"--camera {arguments.camera} must be one of {', '.join(CONVENTIONS)}")
     if arguments.out.exists():
         raise UserError(f"{arguments.out} is there already and is not overwritten; choose another name, or remove it")
@@ -147,6 +147,12 @@ def to_diffusers(arguments: argparse.Namespace) -> None:
     compare_schedule(arguments.source, weights, settings)
 
     parts = [part for part in parts if part.tensors]
+    with_encoder = any(part.name == "image_encoder" for part in parts)
+    if with_encoder and arguments.camera is None:
+        raise UserError(
+            f"{arguments.source} does not say its camera convention: give --camera isotropic3d_released_sds for the "
+            "authors' weights, or --camera mvdream for weights that this project trained"
+        )
     info = ExportInfo(
         image_size=arguments.image_size,
         num_views=arguments.num_views,
@@ -154,8 +160,8 @@ def to_diffusers(arguments: argparse.Namespace) -> None:
         elevation_deg=(0.0, 30.0),
         fov_deg=(15.0, 60.0),
         framing=(0.8, 1.0),
-        camera=arguments.camera,
-        stage=2 if any(part.name == "image_encoder" for part in parts) else 0,
+        camera=arguments.camera or "mvdream",
+        stage=2 if with_encoder else 0,
         step=0,
     )
     # Without a VAE in the file, Stable Diffusion's: three halvings.

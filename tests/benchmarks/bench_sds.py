@@ -114,6 +114,8 @@ def run_through(options: argparse.Namespace, model: MultiViewModel, device: torc
         clock.seconds.clear()
         clock.last = start = now(device)
         step_together([scene], model, ranges, config)
+        if scene.failed:
+            raise SystemExit(f"step {step}: {scene.failed}")
         if clock.on:
             clock.lap("renderer's way back, optimizer")
             for name, value in clock.seconds.items():

@@ -128,7 +128,7 @@ def main() -> None:
         with memory_group(int(arguments.limit_gb * 1e9)) as group:
             if group is not None:
                 print(f"conversions are held to {arguments.limit_gb:g} GB, pages of files included")
-            measured("to diffusers", ["models/convert.py", source, out], source, group)
+            measured("to diffusers", ["models/convert.py", source, out, "--camera", "mvdream"], source, group)
             measured("back to ldm", ["models/convert.py", "--to-ldm", out, back], out, group)
         sample = ["models/sample.py", f"checkpoint={out}", f"image={picture}", f"out={folder}/views", "steps=2"]
         measured("load, sample 2 steps", sample, out, None)

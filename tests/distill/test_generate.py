@@ -129,6 +129,18 @@ def test_settings_that_cannot_work_are_refused() -> None:
     assert [ScheduleConfig().at(p) for p in (0, 0.49, 0.5, 0.99)] == [(64, 2), (64, 2), (256, 1), (256, 1)]
 
 
+@pytest.mark.parametrize(
+    "word",
+    ["optimizer.betas=[0.9]", "optimizer.betas=[0.9,1.0]", "optimizer.lr_grid=-1", "optimizer.eps=nan",
+     "light.ambient_share=-3", "seed=1152921504606846976", "field.hidden=0", "framing=[0,0]", "volume.background=nan",
+     "turntable.fps=0"],
+)  # fmt: skip
+def test_numbers_that_would_end_in_a_traceback(word: str) -> None:
+    values = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
+    with pytest.raises(ConfigError, match=word.partition("=")[0].replace(".", r"\.")):
+        config_from({"checkpoint": "c", "image": "i", "out": "o", **values})  # type: ignore[dict-item]
+
+
 def test_command_survives_a_kill_and_writes_everything(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     full = command(f"checkpoint={checkpoint}", f"image={picture}", f"out={out}", "steps=60", "snapshot_every=5", *TINY)

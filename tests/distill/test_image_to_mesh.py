@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tiny_model import config
 
 from data.files import UserError, read_json
-from distill import distillation, image_to_mesh
+from distill import distillation, image_to_mesh, isotropy
 from distill.config import GenerateConfig, MeshConfig, TurntableConfig
 from distill.glb import load_glb
 from distill.image_to_mesh import images_to_meshes, what_can_be_built
@@ -124,6 +124,25 @@ def test_a_nan_leaves_a_mesh_and_can_be_answered(
     one.guidance.scale = 4.0  # of a sound run that is another experiment
     with pytest.raises(UserError, match=r"belongs to another configuration, but for guidance\.scale=4\.0 \(was 3\.0\)"):
         images_to_meshes([one])
+
+
+def test_a_network_that_gives_nan_is_the_reason_that_is_told(
+    settings: list[GenerateConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict, asked = distillation.predict_noise_output, []
+
+    def sick(*given: Any) -> torch.Tensor:
+        asked.append(None)
+        output = predict(*given)
+        return output if len(asked) <= 2 else torch.full_like(output, torch.nan)
+
+    for module in (distillation, isotropy):
+        monkeypatch.setattr(module, "predict_noise_output", sick)
+    with pytest.raises(UserError, match=r"step \d: sds is not finite.*mesh\.glb shows what its sound steps made"):
+        images_to_meshes(settings[:1])
+    told = result(settings[0])
+    assert told["isotropy"]["spread"] is None and set(told["isotropy"]["error"]) == {None}
+    assert "<canvas" in (Path(settings[0].out) / "report.html").read_text()
 
 
 def test_memory_that_does_not_suffice(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 from analytic_scenes import Ball
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 from tiny_model import TINY, command, config
 
 from data.files import UserError
 from distill import sds
-from distill.config import GenerateConfig, MeshConfig, TurntableConfig, joined_words
+from distill.config import GenerateConfig, MeshConfig, TurntableConfig, joined_words, quoted
 from distill.distillation import Scene, camera_ranges, distil, distil_together, step_together
 from distill.field import FieldSamples
 from distill.isotropy import isotropy
@@ -93,7 +95,19 @@ def test_names_of_files_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytes
     words = joined_words(["image=c,d.png", "a=b.png", "image=e.png", "out=x", "c=d.png"])
     assert words == ["image='c,d.png'", "image=e.png", "out=x", "c=d.png", "more_images=['a=b.png']"]
     assert joined_words(["image=a=b.png"]) == ["image='a=b.png'"]
+    Path("lr=0.1").mkdir()
+    assert joined_words(["checkpoint=lr=0.1", "out=a (1)", "out=x=[2]"]) == [
+        "checkpoint='lr=0.1'", "out='a (1)'", "out='x=[2]'",
+    ]  # fmt: skip
+    for word in ("out=a,b", "out='a b'", "out=runs/${now:}", "out=plain", "checkpoint=a,b"):
+        assert joined_words([word]) == [word]
     assert joined_words(["image=a.png,b.png", "-m"]) == ["image=a.png,b.png", "-m"], "a sweep"
+
+
+@pytest.mark.parametrize("name", ["back\\'q.png", "two\\\\'.png", "end\\", "a\\b.png", "it's", "plain"])
+def test_quoted_names_come_back_from_hydra_as_they_were(name: str) -> None:
+    parser = OverridesParser.create()
+    assert parser.parse_override(f"image={quoted(name)}").value() == name
 
 
 def test_which_images_go_where(pictures: list[Path], tmp_path: Path) -> None:
@@ -112,7 +126,7 @@ def test_which_images_go_where(pictures: list[Path], tmp_path: Path) -> None:
     assert [(job.image, job.more_images, job.out) for job in jobs_of(words_alone)] == [("a/one.png", [], "mesh")]
     given = GenerateConfig(checkpoint="c", embedding="e.safetensors", out="mesh")
     assert jobs_of(given) == [given]
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "folder.png").mkdir(parents=True)
     with pytest.raises(UserError, match="is a folder without pictures"):
         jobs_of(GenerateConfig(checkpoint="c", image=str(tmp_path / "empty"), out="meshes"))
 
@@ -135,6 +149,27 @@ def test_an_old_result_is_no_success(checkpoint: Path, pictures: list[Path], tmp
     assert why_failed([job], 0, tmp_path / "answer.json") == {}
     (Path(job.out) / "result.json").write_text(json.dumps({"made_of": made_of(job, mark_of(job))}))
     assert is_made(job) and why_failed([job], -9, tmp_path / "none.json") == {}
+
+
+def test_a_group_that_cannot_start_costs_itself_alone(
+    checkpoint: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def run(self: Queue, group: list[GenerateConfig], device: str, asked: Path, answer: Path) -> int:
+        if "one" in str(group[0].image):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        answer.write_text("{}")
+        return 0
+
+    monkeypatch.setattr(Queue, "run", run)
+    monkeypatch.setattr("distill.many.write_page", lambda path, made: None)
+    given = config(tmp_path / "meshes")
+    given.checkpoint, given.image = str(checkpoint), str(pictures[0].parent)
+    with pytest.raises(SystemExit):
+        generate(given)
+    told = capsys.readouterr()
+    assert told.err.count("error:") == 1 and "meshes/one: OSError: [Errno 12]" in told.err
+    assert "2 of 3 images have a mesh" in told.out
 
 
 @pytest.mark.parametrize(("at_once", "groups"), [(1, [1, 1, 1]), (8, [1, 2])])

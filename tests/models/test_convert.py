@@ -87,7 +87,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def folder(source: Path) -> Path:
     out = source.parent / "converted"
-    done = convert(source, out, "--head-dim", 32, "--clip-head-width", 32, "--image-size", 64)
+    done = convert(source, out, "--head-dim", 32, "--clip-head-width", 32, "--image-size", 64, "--camera", "mvdream")
     assert done.returncode == 0, done.stderr
     assert "690 tensors" in done.stdout and "248 tensors" in done.stdout
     assert "dropped   cond_stage_model.model.token_embedding" in done.stdout
@@ -307,6 +307,11 @@ def test_files_that_are_not_what_they_say(tmp_path: Path, make, words: str) -> N
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
     assert not (ROOT / "executed").exists() and not (tmp_path / "executed").exists()
+
+
+def test_cameras_of_weights_with_an_image_encoder_are_asked_for(source: Path, tmp_path: Path) -> None:
+    done = convert(source, tmp_path / "out", "--head-dim", 32, "--clip-head-width", 32, "--image-size", 64)
+    assert done.returncode == 2 and "isotropic3d_released_sds" in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_converted_checkpoint_draws_views(folder: Path) -> None:
