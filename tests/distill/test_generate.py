@@ -141,9 +141,17 @@ def test_numbers_that_would_end_in_a_traceback(word: str) -> None:
         config_from({"checkpoint": "c", "image": "i", "out": "o", **values})  # type: ignore[dict-item]
 
 
-def test_command_survives_a_kill_and_writes_everything(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_command_survives_a_kill_and_writes_everything(
+    checkpoint: Path, picture: Path, tmp_path: Path, device: str
+) -> None:
+    """On a GPU with its defaults: the Triton renderer, bf16 and a compiled network."""
     out = tmp_path / "out"
-    full = command(f"checkpoint={checkpoint}", f"image={picture}", f"out={out}", "steps=60", "snapshot_every=5", *TINY)
+    words = ["steps=60", "snapshot_every=5", *TINY, f"device={device}", "dtype=auto"]
+    full = command(f"checkpoint={checkpoint}", f"image={picture}", f"out={out}", *words)
     process = subprocess.Popen(full, cwd=tmp_path, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (out / FILE).exists() and process.poll() is None and time.monotonic() < deadline:
@@ -153,7 +161,7 @@ def test_command_survives_a_kill_and_writes_everything(checkpoint: Path, picture
     done = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     result = read_json(out / "result.json", "result")
-    assert result["steps"] == 60 and result["continued"] is True
+    assert result["steps"] == 60 and result["continued"] is True and result["device"].startswith(device)
     losses = json.loads((out / "losses.json").read_text())
     assert [loss["step"] for loss in losses] == list(range(60))
     assert load_glb(out / "mesh.glb").faces.shape[0] == result["mesh"]["faces"] > 0

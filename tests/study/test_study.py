@@ -14,9 +14,9 @@ from conf.cli import ConfigError
 from data.files import UserError
 from data.selection import split_of
 from demo.proof import Truth
-from study import figure, meshes, results, subset
+from study import figure, meshes, results, run, subset
 from study.config import StudyConfig
-from study.samples import judged
+from study.samples import judged, resized
 from study.variants import BASE, BASELINES, VARIANTS, Variant, chosen
 
 
@@ -147,6 +147,12 @@ def samples(out: Path, name: str, psnr: list[float], seed: str = "-0") -> None:
     (folder / "samples.json").write_text(json.dumps({"objects": told}))
 
 
+def held_out(out: Path) -> None:
+    for uid in ("object0", "object1"):
+        (out / "views_val" / uid).mkdir(parents=True)
+        (out / "views_val" / uid / "meta.json").write_text(json.dumps({"faces": 10, "category": "chairs"}))
+
+
 def test_tables_compare_the_same_objects(tmp_path: Path) -> None:
     base, other = (Variant(name, "Which?", name, stage1=()) for name in (BASE, "always"))
     samples(tmp_path, BASE, [20.0, 22.0, 30.0])
@@ -181,3 +187,46 @@ def test_objects_that_were_trained_on_under_another_name_are_left_out(tmp_path: 
     found = results.objects_of(tmp_path, [f"{BASE}-0"])
     assert list(found) == ["object0", "object1"] and results.twins_of(tmp_path, [0]) == ["object2"]
     assert results.azimuths(tmp_path, [base], [0])[BASE]["psnr"] == [20.0, 22.0]
+
+
+def test_a_variant_that_fails_costs_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train_and_judge(plan: run.Plan, sources: list[Path], variant: Variant, seed: int) -> None:
+        if variant.name == "always":
+            raise UserError("step always-0-stage2 ended with status 1")
+        samples(tmp_path, variant.name, [20.0, 22.0])
+
+    held_out(tmp_path)
+    monkeypatch.chdir(tmp_path)  # main goes to the repository, and back it comes
+    monkeypatch.setattr(run, "train_and_judge", train_and_judge)
+    monkeypatch.setattr(run, "fetched", lambda config: [])
+    monkeypatch.setattr(run, "render", lambda plan, sources: None)
+    monkeypatch.setattr(results, "write_page", lambda *given: None)
+    config = StudyConfig(out=str(tmp_path), variants=["stage1", "always"], distil=0, other_guidances=[],
+                         other_sample_steps=[])  # fmt: skip
+    with pytest.raises(UserError, match="the tables lack always"):
+        run.main(config)
+    assert "error: always: step always-0-stage2 ended" in capsys.readouterr().err
+    told = (tmp_path / "RESULTS.md").read_text()
+    assert "Not made: always: step always-0-stage2 ended with status 1" in told and "| stage 1 alone |" in told
+
+
+def test_one_variant_alone_has_tables(tmp_path: Path) -> None:
+    samples(tmp_path, BASE, [20.0, 22.0])
+    held_out(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "samples" / f"{BASE}-0" / "samples.png")
+    (tmp_path / "differences.png").write_text("of a call before")
+    config = StudyConfig(variants=[BASE], distil=0, other_guidances=[], other_sample_steps=[])
+    results.write_results(tmp_path, config, chosen([BASE]), {})
+    assert "| both stages |" in (tmp_path / "RESULTS.md").read_text() and (tmp_path / "results.html").is_file()
+    assert not (tmp_path / "differences.png").exists()
+
+
+def test_pictures_of_other_sizes_are_compared_at_one() -> None:
+    views = torch.rand(2, 3, 3, 8, 8)
+    assert torch.allclose(resized(views, 4), torch.nn.functional.avg_pool2d(views.flatten(0, 1), 2).view(2, 3, 3, 4, 4))
+    larger = resized(views, 16)
+    assert larger.shape == (2, 3, 3, 16, 16) and larger.min() >= 0 and larger.max() <= 1
+    ramp = torch.linspace(0.2, 0.8, 8).expand(1, 1, 3, 8, 8)
+    assert len(resized(ramp, 16)[0, 0, 0, 0].unique()) == 16, "no pixel is repeated"
