@@ -43,7 +43,7 @@ def generate(config: GenerateConfig) -> None:
     if len(jobs) > 1:
         made = [Path(job.out) for job in jobs if job.out not in failed]
         if made:
-            write_page(Path(config.out) / "report.html", made)
+            write_page(Path(config.out) / "report.html", made, failed)
             print(f"{len(made)} of {len(jobs)} images have a mesh: {Path(config.out) / 'report.html'}", flush=True)
     if failed:
         for out, words in failed.items():

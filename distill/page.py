@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ REFERENCE = 512  # pixels a side, at most, that a page shows of the reference
 LOSSES = ("sds", "orientation", "sparsity", "opaque", "depth_variance")
 
 
-def write_page(path: Path, outs: list[Path]) -> None:
-    """outs: folders that distill/generate.py has finished."""
+def write_page(path: Path, outs: list[Path], failed: Mapping[str, str] | None = None) -> None:
+    """outs: folders that distill/generate.py has finished; failed: of others, why they have no mesh, {out: words}."""
     sections = [(out.name, of_object(out)) for out in outs]
+    if failed:
+        rows = [[Path(out).name, words] for out, words in failed.items()]
+        sections.insert(0, ("Without a mesh", report.table(["object", "reason"], rows, "Give the same command again.")))
     if len(outs) == 1:
         config = (outs[0] / "config.yaml").read_text()
         sections += [

@@ -254,8 +254,10 @@ def write_figure(out: Path, name: str, held_out: int) -> None:
     """study.png: of the objects distilled as `name`, those whose samples add most and least to the baselines."""
     judged: Any = read_json(out / "judged" / name / "meshes.json", "judged meshes")["mesh"]
     ranked = [uid for uid in read_json(out / "distilled.json", "distilled objects") if uid in judged]
-    ends = {"most": ranked[0], "least": ranked[-1]} if len(ranked) > 1 else {"much": ranked[0]}
-    picture = figure([(f"{uid}, of {held_out} held-out objects the one whose samples add {end} to the baselines",
+    ends = {": samples add most to the baselines": ranked[0], ": samples add least": ranked[-1]}
+    if len(ranked) == 1:
+        ends = {"": ranked[0]}
+    picture = figure([(f"{uid}, of {held_out} held-out objects{end}",
                        out / "judged" / name / f"{uid}.png") for end, uid in ends.items()])  # fmt: skip
     with atomic_file(out / "study.png") as temporary:
         picture.save(temporary, format="PNG")

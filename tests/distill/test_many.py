@@ -162,7 +162,7 @@ def test_a_group_that_cannot_start_costs_itself_alone(
         return 0
 
     monkeypatch.setattr(Queue, "run", run)
-    monkeypatch.setattr("distill.many.write_page", lambda path, made: None)
+    monkeypatch.setattr("distill.many.write_page", lambda path, made, failed: None)
     given = config(tmp_path / "meshes")
     given.checkpoint, given.image = str(checkpoint), str(pictures[0].parent)
     with pytest.raises(SystemExit):
@@ -194,7 +194,10 @@ def test_each_device_takes_groups_and_one_that_leaves_costs_no_page(
 
     monkeypatch.setattr(Queue, "run", run)
     monkeypatch.setattr("distill.many.devices_of", lambda config: ["cuda:0", "cuda:1"])
-    monkeypatch.setattr("distill.many.write_page", lambda path, made: pages.append([out.name for out in made]))
+    monkeypatch.setattr(
+        "distill.many.write_page",
+        lambda path, made, failed: pages.append(([out.name for out in made], [Path(out).stem for out in failed])),
+    )
     given = config(tmp_path / "meshes")
     given.checkpoint, given.image, given.objects_at_once = str(checkpoint), str(pictures[0].parent), at_once
     for job in jobs_of(given):
@@ -204,7 +207,7 @@ def test_each_device_takes_groups_and_one_that_leaves_costs_no_page(
     assert end.value.code == 1 and {device for device, _ in taken} == {"cuda:0", "cuda:1"}
     assert sorted(len(names) for _, names in taken) == groups
     (lost,) = [names for _, names in taken if "three" in names]
-    assert pages == [[path.stem for path in sorted(pictures) if path.stem not in lost]]
+    assert pages == [([path.stem for path in sorted(pictures) if path.stem not in lost], lost)]
     assert capsys.readouterr().err.count("was asked to leave the machine") == len(lost)
 
 
@@ -245,6 +248,7 @@ def test_three_images_of_which_one_is_broken(
         assert json.loads((folder / "result.json").read_text())["steps"] == 6
     page = (out / "report.html").read_text()
     assert page.count("<canvas") == 2 and "two, it&#x27;s" in page
+    assert "Without a mesh" in page and "three.png is not a picture" in page
     stamps = [(folder / "mesh.glb").stat().st_mtime_ns for folder in made]
     again = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert again.returncode == 1 and again.stdout.count("is finished; nothing to do") == 2
