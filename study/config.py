@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from conf.cli import check
 
@@ -26,6 +29,7 @@ class StudyConfig:
     guidance_scales: list[float] = field(default_factory=lambda: [1.0, 2.0, 5.0])  # of the distillation
     processes: int = 2  # of training
     threads: int = 1  # of each of them; with cpu=true, processes x threads are the cores to use
+    jobs: int = 1  # variants at a time, each with that many processes and threads; what they say goes to out/jobs
     cpu: bool = True  # train on the CPU; false: one process a GPU
     tables: bool = True  # write RESULTS.md; false: of jobs that make a part of the study
     list_variants: bool = False  # print the names of the chosen variants, and end
@@ -46,8 +50,9 @@ class StudyConfig:
         wrong = [steps for steps in (self.sample_steps, *self.other_sample_steps) if steps < 1]
         check(not wrong, f"sample_steps and other_sample_steps must be at least 1, not {wrong}")
         check(self.limit >= 0 and self.distil >= 0, "limit and distil must not be negative")
-        for name in ("processes", "threads", "image_size"):
+        for name in ("processes", "threads", "image_size", "jobs"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        check(self.cpu or self.jobs == 1, "jobs share one machine's CPU; with GPUs, slurm/study.sh gives each its own")
 
     def samplings(self) -> list[tuple[str, float, int]]:
         """(name, guidance, DDIM steps) of the samples that both stages are judged by besides."""
@@ -60,3 +65,18 @@ class StudyConfig:
         both = sorted({self.guidance, *self.guidance_scales})
         scales = {"stage2": both, "stage1": [self.guidance]} if self.distil else {}
         return [(f"{stage}-{seed}-{scale:g}", stage, scale) for stage, some in scales.items() for scale in some]
+
+
+def words_of(config: StudyConfig, without: tuple[str, ...] = ()) -> list[str]:
+    """The overrides that make it: of all keys that are not at their defaults."""
+
+    def written(value: Any) -> str:
+        if isinstance(value, list):
+            return "[" + ",".join(map(written, value)) + "]"
+        if isinstance(value, bool) or not isinstance(value, str):
+            return str(value).lower()
+        return value if re.fullmatch(r"[\w./-]+", value) else json.dumps(value, ensure_ascii=False)
+
+    usual = StudyConfig()
+    changed = [f.name for f in fields(config) if getattr(config, f.name) != getattr(usual, f.name)]
+    return [f"{name}={written(getattr(config, name))}" for name in changed if name not in without]

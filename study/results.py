@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import shlex
 from collections import defaultdict
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from data.files import atomic_file, read_json
 from distill import report
 from distill.evaluation.summary import bootstrap, by_azimuth, paired_difference
-from study.config import StudyConfig
+from study.config import StudyConfig, words_of
 from study.figure import differences, figure
 from study.variants import BASE, BASELINES, TWIN, Variant, without_twins
 
@@ -107,11 +106,12 @@ def of_baselines(objects: dict[str, dict[str, float]]) -> str:
 def by_kind(out: Path, objects: dict[str, dict[str, float]]) -> str:
     """Quality by category and by number of faces."""
     metas: dict[str, Any] = {uid: read_json(out / "views_val" / uid / "meta.json", "views") for uid in objects}
-    groups: dict[str, dict[str, float]] = defaultdict(dict)
+    levels = ("fewest", "middle", "most")
+    groups: dict[str, dict[str, float]] = defaultdict(dict, {f"faces: {level} third": {} for level in levels})
     edges = np.quantile([metas[uid]["faces"] for uid in objects], [1 / 3, 2 / 3])
     for uid, values in objects.items():
         level = int(np.searchsorted(edges, metas[uid]["faces"]))
-        groups[f"faces: {('fewest', 'middle', 'most')[level]} third"][uid] = values["psnr"]
+        groups[f"faces: {levels[level]} third"][uid] = values["psnr"]
     for uid, values in objects.items():
         groups[f"category: {metas[uid]['category'].split(';')[0]}"][uid] = values["psnr"]
     rows = [[name, str(len(mine)), cell(mine)] for name, mine in groups.items() if len(mine) >= 3]
@@ -170,17 +170,8 @@ def azimuths(out: Path, variants: list[Variant], seeds: list[int]) -> dict[str, 
 
 
 def command_of(config: StudyConfig) -> str:
-    """With the keys that are not at their defaults, `out` and `cache` aside."""
-
-    def written(value: Any) -> str:
-        if isinstance(value, list):
-            return "[" + ",".join(json.dumps(one) if "=" in str(one) else str(one) for one in value) + "]"
-        return str(value).lower() if isinstance(value, bool) else str(value)
-
-    usual = StudyConfig()
-    changed = [f.name for f in fields(config) if getattr(config, f.name) != getattr(usual, f.name)]
-    words = [f"{name}={written(getattr(config, name))}" for name in changed if name not in ("out", "cache")]
-    return shlex.join(["python", "study/run.py", *words])
+    """Where it works aside."""
+    return shlex.join(["python", "study/run.py", *words_of(config, without=("out", "cache"))])
 
 
 def device_of(config: StudyConfig) -> str:

@@ -22,10 +22,12 @@ from data.processes import locked
 from demo.objects import NotFetched, fetch_library
 from demo.run import ACCELERATE, PYTHON, ROOT, Step, run_step
 from study.config import StudyConfig
+from study.jobs import jobs_of, work_off
 from study.variants import BASE, BASELINES, Variant, chosen, without_twins
 
+# Two samples a pixel: at 64 px each pixel is the mean of 16, and rendering is a third of the study's time with eight.
 RENDER = [
-    "resolution=256", "samples=8", "max_bounces=2", "diffuse_bounces=1", "glossy_bounces=1", "rings=2",
+    "resolution=256", "samples=2", "max_bounces=2", "diffuse_bounces=1", "glossy_bounces=1", "rings=2",
     "views_per_ring=8", "references=4", "fov_deg=[38,42]", "framing=[0.55,0.57]", "select.test_share=0",
 ]  # fmt: skip
 # Overrides of training that change what precomputed latents and embeddings are.
@@ -112,6 +114,23 @@ def encode(plan: Plan, variant: Variant, shards: str, parts: str, size: int) -> 
     return latents
 
 
+def fit_parts(plan: Plan, variant: Variant, size: int) -> str:
+    """Codec and image encoder, of all objects trained on.  The name of the step."""
+    parts = f"parts_{variant.name}" if variant.parts else "parts"
+    if parts not in plan.marks:
+        words = [f"shards={plan.out}/shards_train", f"out={plan.out}/{parts}", f"image_size={size}",
+                 *plan.config.small, *variant.parts]  # fmt: skip
+        plan.run(parts, [*PYTHON, "models/small.py", *words], parts, "pack_train")
+    return parts
+
+
+def prepare(plan: Plan, sources: list[Path]) -> None:
+    """What all variants share, that jobs beside each other need not wait for one another."""
+    base = chosen([BASE])[0]
+    encode(plan, base, "train", fit_parts(plan, base, plan.config.image_size), plan.config.image_size)
+    render_nearest(plan, sources)
+
+
 def train(plan: Plan, variant: Variant, seed: int) -> str:
     """The name of the step that makes the export which is judged."""
     config, out = plan.config, plan.out
@@ -122,11 +141,7 @@ def train(plan: Plan, variant: Variant, seed: int) -> str:
         command = [*PYTHON, "-m", "study.subset", f"{out}/views_train", f"{out}/views_{shards}", str(variant.share)]
         plan.run(f"subset_{variant.share:g}", command, f"views_{shards}", "pack_train")
         pack(plan, shards, f"subset_{variant.share:g}")
-    parts = f"parts_{variant.name}" if variant.parts else "parts"
-    if parts not in plan.marks:
-        words = [f"shards={out}/shards_train", f"out={out}/{parts}", f"image_size={size}", *config.small,
-                 *variant.parts]  # fmt: skip
-        plan.run(parts, [*PYTHON, "models/small.py", *words], parts, "pack_train")
+    parts = fit_parts(plan, variant, size)
     latents = encode(plan, variant, shards, parts, size)
     launch = [*ACCELERATE, "--num_processes", str(config.processes), "--num_cpu_threads_per_process",
               str(config.threads), "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
@@ -224,11 +239,14 @@ def main(config: StudyConfig) -> None:
     plan = Plan(config)
     sources = fetched(config)
     render(plan, sources)
+    prepare(plan, sources)
+    if config.jobs > 1:
+        work_off(jobs_of(config, variants), config.jobs, plan.out)
     failed: dict[str, str] = {}
     for seed in config.seeds:
         for variant in variants:
             try:
-                train_and_judge(plan, sources, variant, seed)
+                train_and_judge(plan, variant, seed)
             except UserError as error:
                 if variant.name == BASE:  # which all are compared with
                     raise
@@ -245,11 +263,9 @@ def main(config: StudyConfig) -> None:
         raise UserError(f"the tables lack {', '.join(failed)}; the reasons are above")
 
 
-def train_and_judge(plan: Plan, sources: list[Path], variant: Variant, seed: int) -> None:
+def train_and_judge(plan: Plan, variant: Variant, seed: int) -> None:
     config = plan.config
     trained = train(plan, variant, seed)
-    if "render_nearest" not in plan.marks:
-        render_nearest(plan, sources)
     judge(plan, f"{variant.name}-{seed}", trained, config.guidance, config.sample_steps)
     for name, guidance, steps in config.samplings() if variant.name == BASE else ():
         judge(plan, f"{BASE}-{seed}-{name}", trained, guidance, steps)

@@ -25,6 +25,7 @@ class Variant:
     share: float = 1.0  # of the training objects
 
 
+NOISE = "How much does another training differ?"
 STAGES, EMA = "Stage 1 alone or both stages?", "Which Explicit Multi-view Attention?"
 EMBEDDING, AMOUNT, RESOLUTION = "Which embedding?", "How many objects?", "Which resolution?"
 
@@ -34,6 +35,9 @@ VARIANTS = (
     # Stage 2's steps, schedule and shares of multi-view training, and nothing of its attention to a reference.
     Variant("no_reference", STAGES, "as many steps, without a reference",
             stage2=("objective.reference_probability=0",)),
+    # What no other row's difference can be told from.
+    Variant("other_seed", NOISE, "both stages with another seed", stage1=("seed=1000",), stage2=("seed=1000",)),
+    Variant("other_seed2", NOISE, "stage 2 alone with another seed", stage2=("seed=1000",)),
     Variant("always", EMA, "a reference at every multi-view step", stage2=("objective.reference_probability=1",)),
     Variant("clean_timestep", EMA, "the reference at timestep 0", stage2=("model.ema.timestep=zero",)),
     Variant("own_camera", EMA, "the reference with its camera", stage2=("model.ema.camera=own",)),

@@ -192,7 +192,7 @@ def test_objects_that_were_trained_on_under_another_name_are_left_out(tmp_path: 
 def test_a_variant_that_fails_costs_itself_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def train_and_judge(plan: run.Plan, sources: list[Path], variant: Variant, seed: int) -> None:
+    def train_and_judge(plan: run.Plan, variant: Variant, seed: int) -> None:
         if variant.name == "always":
             raise UserError("step always-0-stage2 ended with status 1")
         samples(tmp_path, variant.name, [20.0, 22.0])
@@ -202,6 +202,7 @@ def test_a_variant_that_fails_costs_itself_alone(
     monkeypatch.setattr(run, "train_and_judge", train_and_judge)
     monkeypatch.setattr(run, "fetched", lambda config: [])
     monkeypatch.setattr(run, "render", lambda plan, sources: None)
+    monkeypatch.setattr(run, "prepare", lambda plan, sources: None)
     monkeypatch.setattr(results, "write_page", lambda *given: None)
     config = StudyConfig(out=str(tmp_path), variants=["stage1", "always"], distil=0, other_guidances=[],
                          other_sample_steps=[])  # fmt: skip

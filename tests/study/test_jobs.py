@@ -1,0 +1,118 @@
+"""Jobs beside each other: so many at a time, what needs `both` after it, nobody left working."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.cli import ConfigError
+from demo.run import ROOT
+from study.config import StudyConfig, words_of
+from study.jobs import Job, jobs_of, work_off
+from study.variants import BASE, VARIANTS, chosen
+
+# Notes its beginning and its end in a file of its own, and ends with the last word.
+SCRIPT = """
+import json, pathlib, sys, time
+began = time.monotonic()
+print("so speaks", sys.argv[1])
+pathlib.Path(sys.argv[1] + ".pid").write_text(str(__import__("os").getpid()))
+time.sleep(float(sys.argv[2]))
+pathlib.Path(sys.argv[1] + ".json").write_text(json.dumps([began, time.monotonic()]))
+sys.exit(int(sys.argv[3]))
+"""
+
+
+def job(folder: Path, name: str, seconds: float = 0.3, status: int = 0, after_base: bool = False) -> Job:
+    return Job(name, [sys.executable, "-c", SCRIPT, str(folder / name), str(seconds), str(status)], after_base)
+
+
+def times(folder: Path, name: str) -> tuple[float, float]:
+    began, ended = json.loads((folder / f"{name}.json").read_text())
+    return began, ended
+
+
+def test_so_many_at_a_time_and_what_needs_both_after_it(tmp_path: Path) -> None:
+    names = [f"own{n}" for n in range(4)]
+    work_off([job(tmp_path, "after", after_base=True), job(tmp_path, BASE, 1.5), *(job(tmp_path, n) for n in names)], 2,
+             tmp_path)  # fmt: skip
+    spans = {name: times(tmp_path, name) for name in (BASE, "after", *names)}
+    assert spans["after"][0] >= spans[BASE][1]
+    for name, (began, _) in spans.items():
+        others = [one for one, (start, end) in spans.items() if one != name and start <= began < end]
+        assert len(others) <= 1, f"{name} began beside {others}"
+    assert "so speaks" in (tmp_path / "jobs" / "own3.log").read_text()
+
+
+def test_a_job_that_fails_costs_itself_alone_and_both_those_after_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work_off([job(tmp_path, BASE), job(tmp_path, "bad", status=3), job(tmp_path, "good", after_base=True)], 1, tmp_path)
+    assert "job bad: ended with status 3" in capsys.readouterr().err and (tmp_path / "good.json").is_file()
+    work_off(
+        [job(tmp_path, BASE, status=1), job(tmp_path, "own"), job(tmp_path, "never", after_base=True)], 1, tmp_path
+    )
+    assert (tmp_path / "own.json").is_file() and not (tmp_path / "never.pid").exists()
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_whoever_waits_for_them_killed_none_goes_on(tmp_path: Path, by: signal.Signals) -> None:
+    script = f"""
+import sys
+from pathlib import Path
+from study.jobs import Job, work_off
+command = [sys.executable, "-c", {SCRIPT!r}, {str(tmp_path / "one")!r}, "60", "0"]
+work_off([Job("both", command)], 1, Path({str(tmp_path)!r}))
+"""
+    waiting = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
+    pid = tmp_path / "one.pid"
+    deadline = time.monotonic() + 60
+    while not (pid.is_file() and pid.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    waiting.send_signal(by)
+    waiting.wait(timeout=30)
+    worker = Path("/proc", pid.read_text())
+    while worker.exists() and "zombie" not in (worker / "status").read_text():
+        assert time.monotonic() < deadline + 30, "it works on"
+        time.sleep(0.1)
+
+
+def test_each_job_is_a_command_of_its_own() -> None:
+    config = StudyConfig(jobs=2, distil=3, seeds=[1, 2], stage1=["steps=4", "name='a b'"], processes=1)
+    jobs = jobs_of(config, chosen(["stage1", "width16", "finest"]))
+    assert [(one.name, one.after_base) for one in jobs] == [
+        (BASE, False), ("width16", False), ("meshes", True), ("stage1", True), ("finest", True),
+    ]  # fmt: skip
+    for one in jobs:
+        assert one.command[1] == "study/run.py" and "tables=false" in one.command
+        assert not any(word.startswith("jobs=") for word in one.command), "it does not divide itself again"
+        assert ("distil=3" in one.command) == (one.name == "meshes")
+    named = {one.name: [word for word in one.command if word.startswith("variants=")] for one in jobs}
+    assert named["meshes"] == [f"variants=[{BASE}]"] and named["width16"] == ["variants=[width16]"]
+    everything = jobs_of(StudyConfig(jobs=2, distil=0), list(VARIANTS))
+    assert sorted(one.name for one in everything) == sorted(one.name for one in VARIANTS)
+
+
+def test_the_words_are_read_back_as_they_were(tmp_path: Path) -> None:
+    config = StudyConfig(
+        out=str(tmp_path / "a (b), c=d"), stage1=["steps=4", 'name="x, y"'], other_guidances=[], cpu=False,
+        seeds=[3], guidance=2.5, tables=False,
+    )  # fmt: skip
+    script = "import sys; from conf.cli import run; from study.config import StudyConfig; " \
+             "run(StudyConfig, 'study/run', lambda config: print(repr(config)))"  # fmt: skip
+    read = subprocess.run([sys.executable, "-c", script, *words_of(config)], cwd=ROOT, capture_output=True, text=True,
+                          check=False, env=os.environ)  # fmt: skip
+    assert read.stdout.strip() == repr(config), read.stderr
+
+
+def test_jobs_are_for_the_cpu() -> None:
+    with pytest.raises(ConfigError, match="slurm/study"):
+        StudyConfig(jobs=2, cpu=False)
