@@ -19,13 +19,13 @@ from distill import report
 from distill.evaluation.summary import bootstrap, by_azimuth, paired_difference
 from study.config import StudyConfig, words_of
 from study.figure import differences, figure
-from study.variants import BASE, BASELINES, TWIN, Variant, without_twins
+from study.variants import BASE, BASELINES, NOISE, TWIN, Variant, without_twins
 
 CAVEAT = (
-    "A small-scale study without pretrained weights: a model of about ten million parameters, trained from scratch "
-    "for minutes on a few hundred objects at {size} px, with a random image encoder whose last layer was fitted. It "
-    "can show whether a choice matters in this regime, and in which direction; it cannot say what the full-size "
-    "method does, nor rank it among others."
+    "A small-scale study without pretrained weights: a model of {millions:.1f} million parameters, trained from "
+    "scratch on {objects} objects at {size} px, with a random image encoder whose last layer was fitted. It can show "
+    "whether a choice matters in this regime, and in which direction; it cannot say what the full-size method does, "
+    "nor rank it among others."
 )
 
 
@@ -40,8 +40,12 @@ def objects_of(out: Path, names: list[str]) -> dict[str, dict[str, float]]:
     return {uid: {key: float(np.mean([run[uid][key] for run in runs])) for key in keys} for uid in sorted(known)}
 
 
+def told_of_both(out: Path, seeds: list[int]) -> Any:
+    return read_json(out / "samples" / f"{BASE}-{seeds[0]}" / "samples.json", "samples")
+
+
 def twins_of(out: Path, seeds: list[int]) -> list[str]:
-    told: Any = read_json(out / "samples" / f"{BASE}-{seeds[0]}" / "samples.json", "samples")["objects"]
+    told = told_of_both(out, seeds)["objects"]
     return sorted(told.keys() - without_twins(told).keys())
 
 
@@ -138,7 +142,7 @@ def of_meshes(out: Path, names: list[str], seeds: list[int]) -> str | None:
                "encoder's cosine", "Janus", "Janus of the truth"]  # fmt: skip
     text = [table(headers, rows), *stages_compared(runs), "The same objects without distillation:"]
     shown = next(iter(runs.values()))["mesh"]
-    samples: Any = read_json(out / "samples" / f"{BASE}-{seeds[0]}" / "samples.json", "samples")["objects"]
+    samples = told_of_both(out, seeds)["objects"]
     others = [["2D samples, both stages", cell({uid: samples[uid]["psnr"] for uid in shown})]]
     others += [[words, cell(column(shown, key))] for key, words in BASELINES.items()]
     return "\n\n".join([*text, table(["", "PSNR, dB"], others)])
@@ -206,16 +210,18 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant], faile
     (out / "differences.png").unlink(missing_ok=True)
     if len(variants) > 1:
         write_differences(out, found, variants)
-    caveat = CAVEAT.format(size=config.image_size)
     trained = len(list((out / "views_train").glob("*/meta.json")))
+    millions = told_of_both(out, config.seeds)["parameters"] / 1e6
+    caveat = CAVEAT.format(size=config.image_size, objects=trained, millions=millions)
     twins = twins_of(out, config.seeds)
     held_out = f"{len(found[BASE])} held out"
     if twins:
         held_out += f" ({len(twins)} more left out, to which one trained on is within {TWIN:g} dB: {', '.join(twins)})"
+    noise = f': "{NOISE}"' if any(variant.question == NOISE for variant in variants) else ""
     facts = (f"{datetime.date.today()}, {device_of(config)}; {minutes_of(out)}.  {trained} objects trained on, "
              f"{held_out}, seeds {config.seeds}; {config.sample_steps} DDIM steps, guidance "
              f"{config.guidance:g}. Brackets: 95 % intervals by bootstrap over objects; differences are of the same "
-             "objects. How much another training, of another seed, would change is not in them. "
+             f"objects. How much another training would change is not in them{noise}. "
              f"`{command_of(config)}` makes all of it again.")  # fmt: skip
     facts += "".join(f"\n\nNot made: {name}: {words}" for name, words in failed.items())
     parts = [f"# Results\n\n**{caveat}**\n\n{facts}\n"]

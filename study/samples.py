@@ -112,7 +112,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--nearest", type=Path, required=True, help="views; nearest.json lies beside them")
     options = parser.parse_args()
-    info = load_export(options.export).info
+    model = load_export(options.export)
+    info, parameters = model.info, sum(weight.numel() for weight in model.unet.parameters())
+    del model
     own = load_truth(options.held_out, info.image_size)
     sampled = sample_all(options.export, own, info.num_views, options.guidance, options.steps)
     truth = load_truth(options.held_out, options.size)
@@ -121,7 +123,8 @@ def main() -> None:
     objects = judged(same, truth, nearest)
     for one, azimuths in zip(objects.values(), azimuths_deg(truth, options.held_out).tolist(), strict=True):
         one["azimuth_deg"] = azimuths
-    told = {"objects": objects, "image_size": info.image_size, "guidance": options.guidance, "steps": options.steps}
+    told = {"objects": objects, "image_size": info.image_size, "guidance": options.guidance, "steps": options.steps,
+            "parameters": parameters}  # fmt: skip
     write(options.out, same, truth, options.held_out, told)
     values = told["objects"].values()
     print(json.dumps({k: round(float(np.mean([v[k] for v in values])), 3) for k in ("psnr", "ssim", "identified")}))

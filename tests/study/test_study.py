@@ -144,7 +144,7 @@ def samples(out: Path, name: str, psnr: list[float], seed: str = "-0") -> None:
         f"object{n}": same | {"psnr": value, "identified": n > 0, "by_view": [value - 1, value + 1]}
         for n, value in enumerate(psnr)
     }
-    (folder / "samples.json").write_text(json.dumps({"objects": told}))
+    (folder / "samples.json").write_text(json.dumps({"objects": told, "parameters": 9_600_000}))
 
 
 def held_out(out: Path) -> None:
