@@ -40,7 +40,7 @@ class Step:
     name: str
     command: list[str]
     makes: Path  # file or folder; the demo's own, removed when the step's values have changed
-    passes: tuple[int, ...] = (0,)  # the statuses with which it is done
+    passes: tuple[int, ...] = (0,)  # the statuses after which what follows can begin; done it is with 0
     removes: bool = True  # what it made, when its values have changed; false: a step before it does
 
 
@@ -151,7 +151,7 @@ def run_step(step: Step, number: int, total: int, out: Path, before: str) -> str
         seconds = spent + time.monotonic() - began
         record = {
             "fingerprint": fingerprint,
-            "finished": status in step.passes,
+            "finished": status == 0,
             "seconds": round(seconds, 1),
             "peak_mib": round(peak_mib),
             "command": step.command[1:],

@@ -21,7 +21,7 @@ class StudyConfig:
     image_size: int = 64  # that the models are trained at
     guidance: float = 1.0  # of the 2D samples, and of what is distilled from stage 1
     sample_steps: int = 2  # DDIM; few give the model's mean picture, which so small a model draws best
-    # What the samples of both stages are drawn with besides, each in place of the value above.
+    # What the samples of stage 1 and both stages are drawn with besides, each in place of the value above.
     other_guidances: list[float] = field(default_factory=lambda: [1.5, 3.0, 6.0])
     other_sample_steps: list[int] = field(default_factory=lambda: [5, 10, 50])
     seeds: list[int] = field(default_factory=lambda: [0])  # of training; each variant is trained with each
@@ -31,7 +31,7 @@ class StudyConfig:
     threads: int = 1  # of each of them; with cpu=true, processes x threads are the cores to use
     jobs: int = 1  # variants at a time, each with that many processes and threads; what they say goes to out/jobs
     cpu: bool = True  # train on the CPU; false: one process a GPU
-    tables: bool = True  # write RESULTS.md; false: of jobs that make a part of the study
+    tables: bool = True  # write RESULTS.md; false, for jobs: make the named variants alone, and not what they meet
     list_variants: bool = False  # print the names of the chosen variants, and end
     # More overrides for single steps, for instance stage1='["steps=4"]'.
     render: list[str] = field(default_factory=list)

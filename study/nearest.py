@@ -1,4 +1,4 @@
-"""Of each held-out object the nearest one that was trained on, by the embedding of their reference pictures.
+"""Of each held-out object the nearest one that was trained on, by the embeddings of their reference pictures.
 
     python -m study.nearest runs/study/parts/image_encoder runs/study/views_val runs/study/views_train nearest.json 64
 
@@ -22,15 +22,13 @@ from models.image_encoder import load_image_encoder_folder
 
 
 def references(folder: Path, role: str, size: int) -> tuple[list[str], Tensor]:
-    """The first reference of each object: uids and (O, 3, S, S)."""
+    """The pictures of that role: the uid of each (N), and (N, 3, S, S)."""
     metas: list[Any] = [read_json(path, "views") for path in sorted(folder.glob("*/meta.json"))]
     if not metas:
         raise UserError(f"{folder} holds no rendered object")
-    pictures = [
-        composite(decode_image((folder / meta["uid"] / views_of(meta, role)[0]["file"]).read_bytes(), size))
-        for meta in metas
-    ]
-    return [meta["uid"] for meta in metas], torch.stack(pictures)
+    files = [(meta["uid"], folder / meta["uid"] / view["file"]) for meta in metas for view in views_of(meta, role)]
+    pictures = [composite(decode_image(file.read_bytes(), size)) for _, file in files]
+    return [uid for uid, _ in files], torch.stack(pictures)
 
 
 def main(encoder: Path, held_out: Path, trained: Path, out: Path, size: int) -> None:
@@ -43,7 +41,7 @@ def main(encoder: Path, held_out: Path, trained: Path, out: Path, size: int) -> 
         uid: {"nearest": known[int(index)], "cosine": float(value)}
         for uid, index, value in zip(asked, best.indices, best.values, strict=True)
     })  # fmt: skip
-    print(f"{out}: {len(asked)} held-out objects against {len(known)}")
+    print(f"{out}: {len(asked)} held-out objects against {len(set(known))}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import torch
 
 from data.files import atomic_file, read_json
 from distill import report
-from distill.evaluation.summary import bootstrap, by_azimuth, paired_difference
+from distill.evaluation.summary import by_azimuth, interval, paired_difference
 from study.config import StudyConfig, words_of
 from study.figure import differences, figure
-from study.variants import BASE, BASELINES, NOISE, TWIN, Variant, without_twins
+from study.variants import BASE, BASELINES, NOISE, STAGES, TWIN, Variant, without_twins
 
 CAVEAT = (
     "A small-scale study without pretrained weights: a model of {millions:.1f} million parameters, trained from "
@@ -54,8 +54,24 @@ def column(objects: dict[str, dict[str, float]], key: str) -> dict[str, float]:
 
 
 def cell(values: dict[str, float], digits: int = 2) -> str:
-    low, high = bootstrap(list(values.values()))
-    return f"{np.mean(list(values.values())):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return spanned(float(np.mean(list(values.values()))), interval(list(values.values())), f".{digits}f")
+
+
+def share(values: dict[str, float]) -> str:
+    """Of objects: between 0 and 1, and so is its interval."""
+    low, high = interval(list(values.values())) or (0.0, 1.0)
+    return spanned(float(np.mean(list(values.values()))), (max(low, 0.0), min(high, 1.0)), ".2f")
+
+
+def spanned(mean: float, span: tuple[float, float] | None, form: str) -> str:
+    """ "1.00 [0.90, 1.10]", or without an interval where there is none."""
+    return f"{mean:{form}}" + (f" [{span[0]:{form}}, {span[1]:{form}}]" if span else "")
+
+
+def gain(a: dict[str, float], b: dict[str, float]) -> str:
+    """How much better the objects of both are in a."""
+    differences = [a[name] - b[name] for name in sorted(a.keys() & b.keys())]
+    return spanned(float(np.mean(differences)), interval(differences), "+.2f")
 
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
@@ -71,11 +87,10 @@ def of_variants(
     rows: dict[str, list[list[str]]] = defaultdict(list)
     for variant in variants:
         mine = found[variant.name]
-        gain = paired_difference(column(mine, "psnr"), base)
-        difference = "" if variant.name == BASE else f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+        difference = "" if variant.name == BASE else gain(column(mine, "psnr"), base)
         rows[variant.question].append([
             variant.what, cell(column(mine, "psnr")), difference, cell(column(mine, "ssim"), 3),
-            cell(column(mine, "identified")),
+            share(column(mine, "identified")),
             f"`{command_of(replace(config, variants=[variant.name], distil=0))}`",
         ])  # fmt: skip
     headers = ["", "PSNR, dB", "against both stages", "SSIM", "identified", "made by"]
@@ -83,27 +98,28 @@ def of_variants(
     return {question: table(headers, mine if both in mine else [both, *mine]) for question, mine in rows.items()}
 
 
-def of_samplings(out: Path, config: StudyConfig, base: dict[str, dict[str, float]]) -> str:
-    """The same model's samples, drawn otherwise, against those that all else is judged by."""
-    rows = [[f"{config.guidance:g}", str(config.sample_steps), cell(column(base, "psnr")), "",
-             cell(column(base, "ssim"), 3), cell(column(base, "identified"))]]  # fmt: skip
-    for name, guidance, steps in config.samplings():
-        mine = objects_of(out, [f"{BASE}-{seed}-{name}" for seed in config.seeds])
-        gain = paired_difference(column(mine, "psnr"), column(base, "psnr"))
-        rows.append([
-            f"{guidance:g}", str(steps), cell(column(mine, "psnr")),
-            f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]", cell(column(mine, "ssim"), 3),
-            cell(column(mine, "identified")),
-        ])  # fmt: skip
-    return table(["guidance", "DDIM steps", "PSNR, dB", "against the first", "SSIM", "identified"], rows)
+def of_samplings(out: Path, config: StudyConfig, variants: list[Variant]) -> str:
+    """Each model's samples by guidance and steps, against those of both stages drawn the same."""
+    compared = [one for one in variants if one.question == STAGES]
+    rows = []
+    for name, guidance, steps in [("", config.guidance, config.sample_steps), *config.samplings()]:
+        tail = f"-{name}" if name else ""
+        found = {one.name: objects_of(out, [f"{one.name}-{seed}{tail}" for seed in config.seeds]) for one in compared}
+        for one in compared:
+            mine = found[one.name]
+            rows.append([
+                f"{guidance:g}", str(steps), one.what, cell(column(mine, "psnr")),
+                "" if one.name == BASE else gain(column(mine, "psnr"), column(found[BASE], "psnr")),
+                cell(column(mine, "ssim"), 3), share(column(mine, "identified")),
+            ])  # fmt: skip
+    return table(["guidance", "DDIM steps", "model", "PSNR, dB", "against both stages", "SSIM", "identified"], rows)
 
 
 def of_baselines(objects: dict[str, dict[str, float]]) -> str:
-    rows = [["samples, both stages", cell(column(objects, "psnr")), "", cell(column(objects, "identified"))]]
+    rows = [["samples, both stages", cell(column(objects, "psnr")), "", share(column(objects, "identified"))]]
     for key, words in BASELINES.items():
-        gain = paired_difference(column(objects, "psnr"), column(objects, key))
-        better = f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
-        rows.append([words, cell(column(objects, key)), better, cell(column(objects, f"{key}_identified"))])
+        better = gain(column(objects, "psnr"), column(objects, key))
+        rows.append([words, cell(column(objects, key)), better, share(column(objects, f"{key}_identified"))])
     return table(["", "PSNR, dB", "samples are better by", "identified"], rows)
 
 
@@ -134,18 +150,29 @@ def of_meshes(out: Path, names: list[str], seeds: list[int]) -> str | None:
         means = told["means"]
         rows.append([
             folder.name, f"{len(judged['mesh'])} of {asked}", cell(column(judged["mesh"], "psnr")),
-            cell(column(judged["field"], "psnr")), cell(column(judged["mesh"], "identified")),
-            *(f"{means[k]['mean']:.2f} [{means[k]['low']:.2f}, {means[k]['high']:.2f}]" if k in means
-              else "not measured" for k in ("mask_iou", "clip_similarity", "janus", "janus_truth")),
+            cell(column(judged["field"], "psnr")), share(column(judged["mesh"], "identified")),
+            *(spanned_mean(means[k]) if k in means else "not measured"
+              for k in ("mask_iou", "clip_similarity", "janus", "janus_truth")),
         ])  # fmt: skip
     headers = ["stage-seed-guidance", "objects", "mesh, dB", "NeRF, dB", "mesh identified", "mask IoU",
                "encoder's cosine", "Janus", "Janus of the truth"]  # fmt: skip
-    text = [table(headers, rows), *stages_compared(runs), "The same objects without distillation:"]
-    shown = next(iter(runs.values()))["mesh"]
+    text = [table(headers, rows), *stages_compared(runs)]
+    shared = sorted(set.intersection(*(set(judged["mesh"]) for judged in runs.values())))
+    if not shared:
+        return "\n\n".join([*text, "No object has a mesh of each."])
     samples = told_of_both(out, seeds)["objects"]
-    others = [["2D samples, both stages", cell({uid: samples[uid]["psnr"] for uid in shown})]]
-    others += [[words, cell(column(shown, key))] for key, words in BASELINES.items()]
-    return "\n\n".join([*text, table(["", "PSNR, dB"], others)])
+    first, judged = next(iter(runs.items()))
+    mesh = {uid: judged["mesh"][uid] for uid in shared}
+    others = {"2D samples, both stages": {uid: samples[uid]["psnr"] for uid in shared}}
+    others |= {words: column(mesh, key) for key, words in BASELINES.items()}
+    beside = [[words, cell(values), gain(column(mesh, "psnr"), values)] for words, values in others.items()]
+    beside.insert(0, [f"meshes, {first}", cell(column(mesh, "psnr")), ""])
+    text.append(f"The {len(shared)} objects that have a mesh of each, and what they reach without distillation:")
+    return "\n\n".join([*text, table(["", "PSNR, dB", "the meshes are better by"], beside)])
+
+
+def spanned_mean(told: dict[str, Any]) -> str:
+    return spanned(told["mean"], None if told["low"] is None else (told["low"], told["high"]), ".2f")
 
 
 def stages_compared(runs: dict[str, Any]) -> list[str]:
@@ -154,23 +181,28 @@ def stages_compared(runs: dict[str, Any]) -> list[str]:
     for name, judged in runs.items():
         other = runs.get(name.replace("stage2", "stage1"))
         if name.startswith("stage2") and other and judged["mesh"].keys() & other["mesh"].keys():
-            gain = paired_difference(column(judged["mesh"], "psnr"), column(other["mesh"], "psnr"))
-            found.append(f"Meshes of {name} are better than those of stage 1 alone by {gain['mean']:+.2f} dB "
-                         f"[{gain['low']:+.2f}, {gain['high']:+.2f}], on {gain['objects']} objects.")  # fmt: skip
+            both = judged["mesh"].keys() & other["mesh"].keys()
+            better = gain(column(judged["mesh"], "psnr"), column(other["mesh"], "psnr"))
+            found.append(f"Meshes of {name} are better than those of stage 1 alone by {better} dB, on {len(both)} "
+                         "objects.")  # fmt: skip
     return found
 
 
 def azimuths(out: Path, variants: list[Variant], seeds: list[int]) -> dict[str, Any]:
-    """PSNR by azimuth from the reference, of each variant."""
-    found = {}
-    for variant in variants:
-        views: list[tuple[float, float]] = []
-        for seed in seeds:
-            told: Any = read_json(out / "samples" / f"{variant.name}-{seed}" / "samples.json", "samples")
-            for values in without_twins(told["objects"]).values():
-                views += zip(values["azimuth_deg"], values["by_view"], strict=True)
-        found[variant.name] = by_azimuth(views)
-    return found
+    """PSNR by azimuth from the reference: of each variant, and of what needs no model."""
+    found = {one.name: by_azimuth(sides_of(out, one.name, seeds, "by_view")) for one in variants}
+    found |= {words: by_azimuth(sides_of(out, BASE, seeds, f"{key}_by_view")) for key, words in BASELINES.items()}
+    return {name: told for name, told in found.items() if told}
+
+
+def sides_of(out: Path, name: str, seeds: list[int], key: str) -> list[tuple[float, float]]:
+    """(azimuth in degrees from the reference, dB) of all views."""
+    views: list[tuple[float, float]] = []
+    for seed in seeds:
+        told: Any = read_json(out / "samples" / f"{name}-{seed}" / "samples.json", "samples")
+        for values in without_twins(told["objects"]).values():
+            views += zip(values["azimuth_deg"], values[key], strict=True)
+    return views
 
 
 def command_of(config: StudyConfig) -> str:
@@ -180,13 +212,16 @@ def command_of(config: StudyConfig) -> str:
 
 def device_of(config: StudyConfig) -> str:
     cores = f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    return cores if config.cpu else f"{torch.cuda.get_device_name()}, {cores}"
+    if config.cpu:
+        return cores
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU, not of the machine that wrote this"
+    return f"{gpu}, {cores}"
 
 
-def minutes_of(out: Path) -> str:
-    """What each kind of step of this folder has taken, by its record."""
+def minutes_of(out: Path, steps: list[str]) -> str:
+    """What each kind of these steps has taken, by its record; jobs beside each other count each for itself."""
     spent: dict[str, float] = defaultdict(float)
-    for path in sorted((out / "steps").glob("*.json")):
+    for path in [path for name in steps if (path := out / "steps" / f"{name}.json").is_file()]:
         name = path.stem
         kind = ("rendering" if name.startswith("render") else "training" if name.endswith(("-stage1", "-stage2"))
                 else "distilling" if name.startswith("distil") else "all else")  # fmt: skip
@@ -194,17 +229,20 @@ def minutes_of(out: Path) -> str:
     return ", ".join(f"{kind} {seconds / 60:.0f} min" for kind, seconds in spent.items())
 
 
-def write_results(out: Path, config: StudyConfig, variants: list[Variant], failed: dict[str, str]) -> Path:
-    """failed: why others have no row, by name."""
+def write_results(
+    out: Path, config: StudyConfig, variants: list[Variant], failed: dict[str, str], steps: list[str], notes: list[str]
+) -> Path:
+    """failed: why others have no row, by name; steps: what all this was made by; notes: on the objects."""
     found = {one.name: objects_of(out, [f"{one.name}-{seed}" for seed in config.seeds]) for one in variants}
     sides = azimuths(out, variants, config.seeds)
     tables = of_variants(found, variants, config) | {"Against what needs no model": of_baselines(found[BASE])}
-    tables["Which guidance and how many steps of the 2D samples?"] = of_samplings(out, config, found[BASE])
+    tables["Which guidance and how many steps of the 2D samples?"] = of_samplings(out, config, variants)
     tables["Which objects?"] = by_kind(out, found[BASE])
-    spreads = [[name, f"{told['spread_db']:.2f}"] for name, told in sides.items() if told]
+    whats = {variant.name: variant.what for variant in variants}
+    spreads = [[whats.get(name, name), f"{told['spread_db']:.2f}"] for name, told in sides.items()]
     tables["Is it as good from all sides?"] = table(["", "spread over azimuth, dB"], spreads)
     distilled = [name for seed in config.seeds for name, _, _ in config.distillations(seed)]
-    meshes = of_meshes(out, distilled, config.seeds)
+    meshes = of_meshes(out, distilled, config.seeds) if "meshes" not in failed else None
     if meshes:
         tables["Meshes of held-out objects, by stage and guidance scale"] = meshes
     (out / "differences.png").unlink(missing_ok=True)
@@ -216,21 +254,23 @@ def write_results(out: Path, config: StudyConfig, variants: list[Variant], faile
     twins = twins_of(out, config.seeds)
     held_out = f"{len(found[BASE])} held out"
     if twins:
-        held_out += f" ({len(twins)} more left out, to which one trained on is within {TWIN:g} dB: {', '.join(twins)})"
+        held_out += (
+            f" ({len(twins)} more left out, whose nearest by embedding is within {TWIN:g} dB: {', '.join(twins)})"
+        )
     noise = f': "{NOISE}"' if any(variant.question == NOISE for variant in variants) else ""
-    facts = (f"{datetime.date.today()}, {device_of(config)}; {minutes_of(out)}.  {trained} objects trained on, "
+    facts = (f"{datetime.date.today()}, {device_of(config)}; {minutes_of(out, steps)}.  {trained} objects trained on, "
              f"{held_out}, seeds {config.seeds}; {config.sample_steps} DDIM steps, guidance "
-             f"{config.guidance:g}. Brackets: 95 % intervals by bootstrap over objects; differences are of the same "
-             f"objects. How much another training would change is not in them{noise}. "
+             f"{config.guidance:g}. Brackets: 95 % intervals over objects, by bootstrap (below ten by Student's t); "
+             f"differences are of the same objects. How much another training changes is not in them{noise}. "
              f"`{command_of(config)}` makes all of it again.")  # fmt: skip
-    facts += "".join(f"\n\nNot made: {name}: {words}" for name, words in failed.items())
+    facts += "".join(f"\n\n{words}" for words in [*notes, *(f"Not made: {one}: {why}" for one, why in failed.items())])
     parts = [f"# Results\n\n**{caveat}**\n\n{facts}\n"]
     if len(variants) > 1:
         parts.append("Samples of each variant against those of both stages:\n\n![differences](differences.png)\n")
     parts += [f"## {title}\n\n*{caveat}* `{command_of(config)}`\n\n{body}\n" for title, body in tables.items()]
     with atomic_file(out / "RESULTS.md") as temporary:
         temporary.write_text("\n".join(parts))
-    write_page(out, caveat, facts, sides, found[BASE], config.seeds[0], distilled)
+    write_page(out, caveat, facts, sides, found[BASE], config.seeds[0], distilled if meshes else [])
     if meshes:
         write_figure(out, distilled[0], len(found[BASE]))
     return out / "RESULTS.md"
@@ -241,8 +281,10 @@ def write_differences(out: Path, found: dict[str, dict[str, dict[str, float]]], 
     base, rows = column(found[BASE], "psnr"), []
     for variant in variants:
         if variant.name != BASE:
-            gain = paired_difference(column(found[variant.name], "psnr"), base)
-            rows.append((variant.what, gain["mean"], gain["low"], gain["high"]))
+            found_gain = paired_difference(column(found[variant.name], "psnr"), base)
+            mean, low, high = (found_gain[key] for key in ("mean", "low", "high"))
+            assert mean is not None
+            rows.append((variant.what, mean, mean if low is None else low, mean if high is None else high))
     with atomic_file(out / "differences.png") as temporary:
         differences(rows, "PSNR against both stages, dB").save(temporary, format="PNG")
 
@@ -269,7 +311,7 @@ def write_page(
     seed: int,
     distilled: list[str],
 ) -> None:
-    lines = {name: list(zip(told["azimuth_deg"], told["psnr"], strict=True)) for name, told in sides.items() if told}
+    lines = {name: list(zip(told["azimuth_deg"], told["psnr"], strict=True)) for name, told in sides.items()}
     shown = out / "samples" / f"{BASE}-{seed}" / "samples.png"
     ranked = sorted(objects, key=lambda uid: -objects[uid]["psnr"])
     rows = [[uid, *(round(objects[uid][k], 3) for k in ("psnr", "ssim", *BASELINES))] for uid in ranked]

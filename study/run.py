@@ -23,7 +23,7 @@ from demo.objects import NotFetched, fetch_library
 from demo.run import ACCELERATE, PYTHON, ROOT, Step, run_step
 from study.config import StudyConfig
 from study.jobs import jobs_of, work_off
-from study.variants import BASE, BASELINES, Variant, chosen, without_twins
+from study.variants import BASE, BASELINES, STAGES, Variant, chosen, without_twins
 
 # Two samples a pixel: at 64 px each pixel is the mean of 16, and rendering is a third of the study's time with eight.
 RENDER = [
@@ -63,6 +63,17 @@ def fetched(config: StudyConfig) -> list[Path]:
                 raise UserError(f"the study's objects cannot be fetched: {reason}; put {path.name} into {path.parent}"
                                 " yourself") from None  # fmt: skip
     return paths
+
+
+def of_two_libraries(sources: list[Path]) -> list[str]:
+    """A sentence on the objects that have one name in two libraries."""
+    seen, twice = set[str](), list[str]()
+    for source in sources:
+        uids = {asset.uid for asset in list_assets(source)}
+        twice += sorted(seen & uids)
+        seen |= uids
+    return [f"Of the objects that two libraries have under one name the later library's are used: {', '.join(twice)}."
+            ] if twice else []  # fmt: skip
 
 
 def render(plan: Plan, sources: list[Path]) -> None:
@@ -145,8 +156,10 @@ def train(plan: Plan, variant: Variant, seed: int) -> str:
     latents = encode(plan, variant, shards, parts, size)
     launch = [*ACCELERATE, "--num_processes", str(config.processes), "--num_cpu_threads_per_process",
               str(config.threads), "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    # Alone, nobody shares what ZeRO would divide: without it a step takes two thirds of the time on a CPU.
+    engine = ["deepspeed=zero0"] if config.processes == 1 else []
     common = [
-        "experiment=small_world", f"cpu={str(config.cpu).lower()}", f"seed={seed}", f"data.image_size={size}",
+        "experiment=small_world", *engine, f"cpu={str(config.cpu).lower()}", f"seed={seed}", f"data.image_size={size}",
         f"data.shards={out}/{latents}", f"model.autoencoder.weights={out}/{parts}/vae",
         f"model.image_encoder.weights={out}/{parts}/image_encoder",
     ]  # fmt: skip
@@ -217,20 +230,22 @@ def distil(plan: Plan, seed: int) -> None:
             *config.generate,
             *pictures,
         ]
-        # 1: some have no mesh, as the reason above says; the tables tell how many.
+        # 1: some have no mesh, as the reason above says; the tables tell how many, and the next call tries them again.
         plan.run(f"distil_{name}", command, folder, export, f"samples_{BASE}-{seed}", passes=(0, 1))
+        made = sorted(path.parent.name for path in (out / folder).glob("*/mesh.glb"))
+        plan.marks[f"meshes_{name}"] = plan.marks[f"distil_{name}"] + " ".join(made)
         command = [*PYTHON, "distill/evaluate.py", f"pred={out}/{folder}", f"truth={out}/views_val", "lpips=none",
                    f"image_encoder={out}/parts/image_encoder", f"out={out}/evaluations/{name}"]  # fmt: skip
-        plan.run(f"evaluate_{name}", command, f"evaluations/{name}", f"distil_{name}")
+        plan.run(f"evaluate_{name}", command, f"evaluations/{name}", f"meshes_{name}")
         command = [*PYTHON, "-m", "study.meshes", f"{out}/{folder}", f"{out}/views_val", f"{out}/judged/{name}",
                    "--size", str(config.image_size), "--nearest", f"{out}/views_nearest",
                    "--samples", f"{out}/samples/{BASE}-{seed}"]  # fmt: skip
-        plan.run(f"judge_{name}", command, f"judged/{name}", f"distil_{name}", "render_nearest")
+        plan.run(f"judge_{name}", command, f"judged/{name}", f"meshes_{name}", "render_nearest")
 
 
 def main(config: StudyConfig) -> None:
     os.chdir(ROOT)
-    variants = chosen(config.variants)
+    variants = chosen(config.variants, with_base=config.tables or config.distil > 0)
     if config.list_variants:
         print(*(variant.name for variant in variants))
         return
@@ -253,11 +268,16 @@ def main(config: StudyConfig) -> None:
                 print(f"error: {variant.name}: {error}", file=sys.stderr, flush=True)
                 failed[variant.name] = str(error)
         if config.distil:
-            distil(plan, seed)
+            try:
+                distil(plan, seed)
+            except UserError as error:
+                print(f"error: meshes: {error}", file=sys.stderr, flush=True)
+                failed["meshes"] = str(error)
     if config.tables:
         from study.results import write_results
 
-        path = write_results(plan.out, config, [one for one in variants if one.name not in failed], failed)
+        made = [one for one in variants if one.name not in failed]
+        path = write_results(plan.out, config, made, failed, list(plan.marks), of_two_libraries(sources))
         print(f"study: {path} ({time.monotonic() - began:.0f} s this time)")
     if failed:
         raise UserError(f"the tables lack {', '.join(failed)}; the reasons are above")
@@ -267,8 +287,8 @@ def train_and_judge(plan: Plan, variant: Variant, seed: int) -> None:
     config = plan.config
     trained = train(plan, variant, seed)
     judge(plan, f"{variant.name}-{seed}", trained, config.guidance, config.sample_steps)
-    for name, guidance, steps in config.samplings() if variant.name == BASE else ():
-        judge(plan, f"{BASE}-{seed}-{name}", trained, guidance, steps)
+    for name, guidance, steps in config.samplings() if variant.question == STAGES else ():
+        judge(plan, f"{variant.name}-{seed}-{name}", trained, guidance, steps)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def judged(found: Tensor, truth: Truth, nearest: Tensor, uids: list[str] | None 
             "rank": int((row > row[number]).sum()) + 1,
             "by_view": psnr(views, real).tolist(),
             **{name: float(psnr(pictures[number], real).mean()) for name, pictures in others.items()},
+            **{f"{name}_by_view": psnr(pictures[number], real).tolist() for name, pictures in others.items()},
             **{f"{name}_identified": bool(best[number] == number) for name, best in recognised.items()},
         }
     return told

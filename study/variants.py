@@ -60,9 +60,9 @@ VARIANTS = (
 )  # fmt: skip
 
 
-def chosen(names: list[str]) -> list[Variant]:
+def chosen(names: list[str], with_base: bool = True) -> list[Variant]:
     """Those of `names`, or all; and `both`, which all are compared with."""
-    return [variant for variant in VARIANTS if not names or variant.name in (*names, BASE)]
+    return [one for one in VARIANTS if not names or one.name in names or (with_base and one.name == BASE)]
 
 
 def without_twins(objects: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     write_page(out / "evaluation.html", told, measured)
     write_json(out / "evaluation.json", told)  # last: it says that all is there
     for name, value in told["means"].items():
-        print(f"{name:24} {value['mean']:10.5f}  [{value['low']:.5f}, {value['high']:.5f}]  {value['objects']} objects")
+        span = "" if value["low"] is None else f"[{value['low']:.5f}, {value['high']:.5f}]  "
+        print(f"{name:24} {value['mean']:10.5f}  {span}{value['objects']} objects")
     for name, why in lacking.items():
         print(f"{name}: not measured: {why}")
     print(f"{out}: evaluation.json, evaluation.html")

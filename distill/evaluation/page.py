@@ -38,10 +38,10 @@ def write_page(path: Path, told: dict[str, Any], measured: dict[str, Measured]) 
     objects = told["objects"]
     order, by = worst_first(objects)
     names = list(told["means"])
-    rows = [[n, *(round(m[k], 5) for k in ("mean", "low", "high")), m["objects"]] for n, m in told["means"].items()]
+    rows = [[n, *(_rounded(m[k]) for k in ("mean", "low", "high")), m["objects"]] for n, m in told["means"].items()]
     means = report.table(
         ["metric", "mean", "low", "high", "objects"], rows,
-        "Mean over objects, with its 95 % interval by bootstrap over objects.",
+        "Mean over objects, with its 95 % interval: by bootstrap over objects, of fewer than ten by Student's t.",
     )  # fmt: skip
     sections = [("Means", means + "".join(report.paragraphs(f"Not measured: {n}: {why}") for n, why in
                                           told["not_measured"].items()))]  # fmt: skip

@@ -48,10 +48,12 @@ def test_jobs_share_a_study_and_a_later_call_finds_all_done(cluster: Cluster, tm
     assert "nearest object trained on" in told and "| stage2-0-1 | 1 of 1 |" in told
     page = (tmp_path / "study" / "results.html").read_text()
     assert "data:image" in page and (tmp_path / "study" / "study.png").is_file()
-    again = subprocess.run([sys.executable, "study/run.py", *words], cwd=ROOT, capture_output=True, text=True,
+    again = subprocess.run([sys.executable, "study/run.py", *words, "jobs=2"], cwd=ROOT, capture_output=True, text=True,
                            check=False)  # fmt: skip
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
-    assert "done already" in again.stdout and " s, largest process" not in again.stdout, "nothing was run again"
+    logs = [path.read_text() for path in sorted((tmp_path / "study" / "jobs").glob("*.log"))]
+    assert len(logs) == 3 and all("done already" in log for log in logs), again.stdout  # both, stage1 and the meshes
+    assert not any(" s, largest process" in words for words in (again.stdout, *logs)), "nothing was run again"
 
 
 def test_what_is_wrong_is_told_before_anything_is_submitted(cluster: Cluster) -> None:

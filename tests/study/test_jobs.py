@@ -14,6 +14,7 @@ import pytest
 
 from conf.cli import ConfigError
 from demo.run import ROOT
+from study import results, run
 from study.config import StudyConfig, words_of
 from study.jobs import Job, jobs_of, work_off
 from study.variants import BASE, VARIANTS, chosen
@@ -99,6 +100,22 @@ def test_each_job_is_a_command_of_its_own() -> None:
     assert named["meshes"] == [f"variants=[{BASE}]"] and named["width16"] == ["variants=[width16]"]
     everything = jobs_of(StudyConfig(jobs=2, distil=0), list(VARIANTS))
     assert sorted(one.name for one in everything) == sorted(one.name for one in VARIANTS)
+
+
+@pytest.mark.parametrize("tables", [False, True])
+def test_a_job_makes_its_own_variant_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: bool) -> None:
+    """So that it waits for no lock of `both`, which is at work beside it; whoever writes tables needs both."""
+    trained: list[str] = []
+    for name in ("fetched", "render", "prepare", "of_two_libraries"):
+        monkeypatch.setattr(run, name, lambda *given: [])
+    monkeypatch.setattr(run, "train_and_judge", lambda plan, variant, seed: trained.append(variant.name))
+    monkeypatch.setattr(results, "write_results", lambda *given: given[0])
+    monkeypatch.chdir(tmp_path)
+    config = StudyConfig(out=str(tmp_path / "study"), jobs=2, distil=0, variants=["width16"])
+    (own,) = (one for one in jobs_of(config, chosen(config.variants)) if one.name == "width16")
+    assert "variants=[width16]" in own.command and "tables=false" in own.command
+    run.main(StudyConfig(out=str(tmp_path / "study"), variants=["width16"], tables=tables, distil=0))
+    assert trained == ([BASE, "width16"] if tables else ["width16"])
 
 
 def test_the_words_are_read_back_as_they_were(tmp_path: Path) -> None:

@@ -94,14 +94,15 @@ def test_meshes_of_both_stages_are_compared_on_the_same_objects(tmp_path: Path) 
     (tmp_path / "distilled.json").write_text(json.dumps(["object0", "object1", "object2"]))  # the last has no mesh
     names = [name for name, _, _ in StudyConfig(guidance=1.5, guidance_scales=[1.5, 3.0]).distillations(0)]
     words = results.of_meshes(tmp_path, names, [0])
-    assert words is not None and "| stage2-0-1.5 | 2 of 3 | 17.25 [15.00, 19.50] |" in words
+    assert words is not None and "| stage2-0-1.5 | 2 of 3 | 17.25 [-11.34, 45.84] |" in words
     assert (
-        "Meshes of stage2-0-1.5 are better than those of stage 1 alone by +1.25 dB [+1.00, +1.50], on 2 objects."
+        "Meshes of stage2-0-1.5 are better than those of stage 1 alone by +1.25 [-1.93, +4.43] dB, on 2 objects."
         in words
     )
     assert "of-another-call" not in words
-    assert words.count("are better") == 1  # guidance 3 has no counterpart
-    assert "| 2D samples, both stages | 21.00 [20.00, 22.00] |" in words  # of the two that were distilled
+    assert words.count("are better than") == 1  # guidance 3 has no counterpart
+    assert "| 2D samples, both stages | 21.00 [8.29, 33.71] | -3.75" in words  # of the two that were distilled
+    assert "| nearest object trained on | 15.00 [15.00, 15.00] | +2.25" in words
     assert "0.90 [0.80, 1.00]" in words and "not measured" in words
 
 
@@ -140,6 +141,7 @@ def samples(out: Path, name: str, psnr: list[float], seed: str = "-0") -> None:
     folder.mkdir(parents=True)
     same = {"ssim": 0.5, "white": 10.0, "mean_object": 12.0, "nearest_trained": 15.0, "azimuth_deg": [0.0, 180.0]}
     same |= {f"{name}_identified": False for name in BASELINES}
+    same |= {f"{name}_by_view": [10.0, 14.0] for name in BASELINES}
     told = {
         f"object{n}": same | {"psnr": value, "identified": n > 0, "by_view": [value - 1, value + 1]}
         for n, value in enumerate(psnr)
@@ -159,22 +161,25 @@ def test_tables_compare_the_same_objects(tmp_path: Path) -> None:
     samples(tmp_path, "always", [21.0, 23.0, 31.0])
     found = {one.name: results.objects_of(tmp_path, [f"{one.name}-0"]) for one in (base, other)}
     (rows,) = results.of_variants(found, [base, other], StudyConfig(sample_steps=7)).values()
-    assert "| always | 25.00 [21.00, 31.00] | +1.00 [+1.00, +1.00] |" in rows  # every object by one
+    assert "| always | 25.00 [11.85, 38.15] | +1.00 [+1.00, +1.00] |" in rows  # every object by one
     assert "0.67 [0.00, 1.00]" in rows  # two of three identified
     assert "`python study/run.py 'variants=[always]' sample_steps=7 distil=0`" in rows
     assert "+9.00" in results.of_baselines(found[BASE])
-    sides = results.azimuths(tmp_path, [base], [0])[BASE]
-    assert sides["psnr"] == [23.0, 25.0] and sides["spread_db"] == 1.0
+    sides = results.azimuths(tmp_path, [base], [0])
+    assert sides[BASE]["psnr"] == [23.0, 25.0] and sides[BASE]["spread_db"] == 1.0
+    assert sides["white picture"]["spread_db"] == 2.0
 
 
 def test_other_samplings_of_the_same_model(tmp_path: Path) -> None:
     config = StudyConfig(other_guidances=[3.0], other_sample_steps=[50])
-    samples(tmp_path, BASE, [20.0, 22.0])
-    samples(tmp_path, f"{BASE}-0-guidance3", [19.0, 21.0], seed="")
-    samples(tmp_path, f"{BASE}-0-steps50", [18.0, 21.0], seed="")
-    rows = results.of_samplings(tmp_path, config, results.objects_of(tmp_path, [f"{BASE}-0"]))
-    assert "| 3 | 2 | 20.00 [19.00, 21.00] | -1.00 [-1.00, -1.00] |" in rows
-    assert "| 1 | 50 | 19.50 [18.00, 21.00] | -1.50 [-2.00, -1.00] |" in rows
+    for name, worse in ((BASE, 0.0), ("stage1", 0.5)):
+        samples(tmp_path, name, [20.0 - worse, 22.0])
+        samples(tmp_path, f"{name}-0-guidance3", [19.0 - worse, 21.0], seed="")
+        samples(tmp_path, f"{name}-0-steps50", [18.0 - worse, 21.0 - worse], seed="")
+    rows = results.of_samplings(tmp_path, config, chosen(["stage1", "always"]))  # not drawn otherwise: `always`
+    assert "| 3 | 2 | both stages | 20.00 [7.29, 32.71] |  |" in rows
+    assert "| 1 | 50 | stage 1 alone | 19.00 [-0.06, 38.06] | -0.50 [-0.50, -0.50] |" in rows
+    assert rows.count("stage 1 alone") == 3 and "always" not in rows
 
 
 def test_objects_that_were_trained_on_under_another_name_are_left_out(tmp_path: Path) -> None:
@@ -219,7 +224,7 @@ def test_one_variant_alone_has_tables(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "samples" / f"{BASE}-0" / "samples.png")
     (tmp_path / "differences.png").write_text("of a call before")
     config = StudyConfig(variants=[BASE], distil=0, other_guidances=[], other_sample_steps=[])
-    results.write_results(tmp_path, config, chosen([BASE]), {})
+    results.write_results(tmp_path, config, chosen([BASE]), {}, ["both-0-stage1"], ["A note."])
     assert "| both stages |" in (tmp_path / "RESULTS.md").read_text() and (tmp_path / "results.html").is_file()
     assert not (tmp_path / "differences.png").exists()
 
