@@ -53,8 +53,8 @@ def load_reference_image(path: str | Path, config: ReferenceConfig | None = None
 SCALE_IT = f"scale it to at most {MAX_SIDE} pixels a side and {MAX_MEGAPIXELS} megapixels"
 
 
-def read_picture(path: Path) -> Image.Image:
-    """RGBA, upright, at most LARGE a side.  UserError for what is not a picture, or too small or large a one."""
+def read_picture(path: Path, whole: bool = False) -> Image.Image:
+    """RGBA, upright, at most LARGE a side, or `whole` as it is.  UserError for what is not a picture, or too small or large a one."""
     if path.is_dir():
         raise UserError(f"image {path} is a folder; give it alone, as image=, to take all pictures in it")
     if not path.is_file():
@@ -72,7 +72,8 @@ def read_picture(path: Path) -> Image.Image:
                 )
             if getattr(picture, "n_frames", 1) > 1:
                 print(f"note: {path} is animated; its first frame is taken")
-            return ImageOps.exif_transpose(shrunk(in_eight_bits(picture))).convert("RGBA")
+            eight_bits = in_eight_bits(picture)
+            return ImageOps.exif_transpose(eight_bits if whole else shrunk(eight_bits)).convert("RGBA")
     except UserError:
         raise
     except Image.DecompressionBombError as error:

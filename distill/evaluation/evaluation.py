@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import defaultdict
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,8 @@ from distill.evaluation.summary import by_azimuth, means
 from models.device import choose_device
 from models.image_encoder import load_image_encoder_folder
 
-VERSION = 2  # of the protocol: a number rises when a figure would come out otherwise
+SHOWN = 5  # names in a sentence
+VERSION = 3  # of the protocol: a number rises when a figure would come out otherwise
 LPIPS_OF = {"syncdreamer_gso": "vgg", "eschernet_gso": "alex"}
 
 
@@ -32,8 +34,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     out = Path(config.out)
     if (out / "evaluation.json").exists():
         raise UserError(f"{out} holds an evaluation already; choose another out=")
-    preds, truths = find_objects(Path(config.pred), "pred"), find_objects(Path(config.truth), "truth")
-    pairs = matched(preds, truths, config.pred, config.truth)
+    preds = find_objects(Path(config.pred), "pred")
+    truths: dict[str, Item] = {}
+    pairs: list[tuple[Item, Item | None]] = [(pred, None) for _, pred in sorted(preds.items())]
+    if config.truth is not None:
+        truths = find_objects(Path(config.truth), "truth")
+        pairs = list(matched(preds, truths, config.pred, config.truth))
     require_writable(out, needed_mb=16)
     config = replace(config, lpips=LPIPS_OF.get(config.preset, config.lpips) if config.lpips != "none" else "none")
     tools, lacking = load_tools(config, pairs)
@@ -43,24 +49,31 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             measured[pred.name] = measure(pred, truth, config, tools)
             progress.update()
     told = summed_up(config, measured, lacking)
-    told["truth_without_prediction"] = sorted(truths.keys() - preds.keys()) if len(pairs) > 1 else []
+    left = sorted(truths.keys() - preds.keys()) if len(pairs) > 1 else []
+    told["truth_without_prediction"] = left
+    if left:
+        told["not_measured"]["objects"] = f"the ground truth has {len(left)} more, which pred= lacks: {some_of(left)}"
     write_page(out / "evaluation.html", told, measured)
     write_json(out / "evaluation.json", told)  # last: it says that all is there
     for name, value in told["means"].items():
         span = "" if value["low"] is None else f"[{value['low']:.5f}, {value['high']:.5f}]  "
         print(f"{name:24} {value['mean']:10.5f}  {span}{value['objects']} objects")
-    for name, why in lacking.items():
+    for name, why in told["not_measured"].items():
         print(f"{name}: not measured: {why}")
     print(f"{out}: evaluation.json, evaluation.html")
     return told
 
 
-def load_tools(config: EvaluateConfig, pairs: list[tuple[Item, Item]]) -> tuple[Tools, dict[str, str]]:
+def some_of(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def load_tools(config: EvaluateConfig, pairs: list[tuple[Item, Item | None]]) -> tuple[Tools, dict[str, str]]:
     """The networks that can be had, and what cannot be measured and why."""
     device, _ = choose_device(config.device, "float32")
     lacking: dict[str, str] = {}
     lpips = None
-    have_pictures = any(b.pictures or b.strip for _, b in pairs)
+    have_pictures = any(b is not None and (b.pictures or b.strip) for _, b in pairs)
     if config.lpips != "none" and have_pictures:
         try:
             lpips = load_lpips(config.lpips, config.lpips_backbone)
@@ -78,6 +91,13 @@ def load_tools(config: EvaluateConfig, pairs: list[tuple[Item, Item]]) -> tuple[
 
 def summed_up(config: EvaluateConfig, measured: dict[str, Measured], lacking: dict[str, str]) -> dict[str, Any]:
     objects = {name: found.metrics for name, found in sorted(measured.items())}
+    without: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, found in sorted(measured.items()):
+        for what, why in found.lacking.items():
+            without[what, why].append(name)
+    for (what, why), names in without.items():
+        of = "" if len(names) == len(objects) else f"{some_of(names)} ({len(names)} of {len(objects)} objects): "
+        lacking[what] = f"{lacking[what]}; {of}{why}" if what in lacking else f"{of}{why}"
     return {
         "protocol": f"isotropic3d-{config.preset}/{VERSION}",
         "means": means(objects),

@@ -1,8 +1,9 @@
 """What there is to compare: objects as folders or files, each with pictures, cameras and a mesh, or some of them.
 
 An object is a mesh file, or a folder that has a mesh (mesh.glb, .obj or .ply, or model.obj, or meshes/model.obj) or
-pictures (numbered PNGs, with data/render.py's meta.json or models/sample.py's cameras.json above them where there is
-one; or one PNG with square views side by side).  A folder of such is many objects, named as the files are.
+pictures (numbered PNGs, here or in render_mvs_25/model, with data/render.py's meta.json or models/sample.py's
+cameras.json above them where there is one; or one PNG with square views side by side).  A folder of such is many
+objects, named as the files are.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from models.reference_image import read_picture
 MESHES = (".glb", ".obj", ".ply")
 MESH_NAMES = ("mesh", "model", "meshes/model")
 NUMBERED = re.compile(r"(?:view_|)(\d+)\.png")
+GSO30_PICTURES = "render_mvs_25/model"  # of the folder that EscherNet's authors publish
 DEPTHS = re.compile(r"(\d+)-depth\.png")
 
 
@@ -76,7 +78,8 @@ def find_objects(path: Path, key: str) -> dict[str, Item]:
 def read_item(folder: Path, above: Path) -> Item | None:
     """`folder` as one object; None where it has neither pictures nor a mesh by the names above."""
     item = Item(folder.name)
-    for path in sorted(folder.iterdir()):
+    inner = folder / GSO30_PICTURES
+    for path in sorted([*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else ())]):
         if match := NUMBERED.fullmatch(path.name):
             item.pictures[int(match.group(1))] = path
         elif match := DEPTHS.fullmatch(path.name):
@@ -122,15 +125,15 @@ def camera_of(c2w: Any, fov_deg: float | None, path: Path) -> Cameras:
 
 
 def is_strip(path: Path) -> bool:
-    width, height = read_picture(path).size
+    width, height = read_picture(path, whole=True).size
     return width > height and width % height == 0
 
 
 def read_pixels(item: Item, number: int) -> np.ndarray:
     """(H, W, 4) uint8; alpha is 255 where the file has none."""
     if item.strip is None:
-        return np.asarray(read_picture(item.pictures[number]))
-    strip = np.asarray(read_picture(item.strip))
+        return np.asarray(read_picture(item.pictures[number], whole=True))
+    strip = np.asarray(read_picture(item.strip, whole=True))
     side = strip.shape[0]
     return strip[:, number * side : (number + 1) * side]
 
@@ -138,7 +141,7 @@ def read_pixels(item: Item, number: int) -> np.ndarray:
 def numbers_of(item: Item) -> set[int]:
     if item.strip is None:
         return set(item.pictures)
-    width, height = read_picture(item.strip).size
+    width, height = read_picture(item.strip, whole=True).size
     return set(range(width // height))
 
 
@@ -170,6 +173,9 @@ def read_mesh(path: Path, merged: bool = False) -> trimesh.Trimesh:
     vertices = np.asarray(mesh.vertices)
     if not np.isfinite(vertices).all() or not (np.ptp(vertices, axis=0).max() > 0):
         raise UserError(f"{path} has vertices that are not finite, or all in one place")
+    if merged and path.suffix.lower() == ".glb":  # as a PLY of the same mesh would be
+        mesh = trimesh.Trimesh(vertices, mesh.faces, process=True)
+        vertices = np.asarray(mesh.vertices)
     if int(np.asarray(mesh.faces).max()) >= len(vertices) or int(np.asarray(mesh.faces).min()) < 0:
         raise UserError(f"{path} has triangles of vertices that are not there")
     return mesh

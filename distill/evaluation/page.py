@@ -60,7 +60,8 @@ def write_page(path: Path, told: dict[str, Any], measured: dict[str, Measured]) 
     settings = "\n".join(f"{key}: {value}" for key, value in told["settings"].items())
     sections.append(("What was measured", report.code(f"{rules}\n\n{settings}")))
     intro = (
-        f"{len(order)} objects of {told['settings']['pred']} against {told['settings']['truth']}; {told['protocol']}."
+        f"{len(order)} objects of {told['settings']['pred']} against {told['settings']['truth'] or 'nothing'}; "
+        f"{told['protocol']}."
     )
     report.write(path, report.page("Evaluation", intro, sections))
 

@@ -28,6 +28,14 @@ SIZE, FOCAL, DISTANCE, ELEVATION_DEG, VIEWS = 256, 280.0, 1.5, 30.0, 16  # SyncD
 VOXEL = 0.01  # open3d's voxel_down_sample, in units of the ground truth's longest side
 DEPTH_RANGE = (0.6, 2.4)  # of SyncDreamer's depth PNGs, 16 bits
 DEPTH_VALID = (0.63, 2.37)
+# By which the script turns GSO30's ground truths, in degrees by name.
+YAWS_DEG = {
+    "sofa": -90.0, "elephant": 180.0, "school_bus1": 180.0, "sorter": 112.5,
+    **dict.fromkeys(("school_bus2", "shoe", "train", "turtle"), 225.0),
+    **dict.fromkeys(("blocks", "alarm", "backpack", "chicken", "soap", "grandfather", "grandmother", "lion",
+                     "lunch_bag", "mario", "oil"), 270.0),
+}  # fmt: skip
+ESCHERNET_FIRST = 10  # the pictures before it may have been the network's input
 
 
 def both_ways(a: np.ndarray, b: np.ndarray) -> float:
@@ -43,8 +51,8 @@ def syncdreamer_mesh(
 ) -> dict[str, float]:
     """Chamfer distance between what 16 cameras see of each mesh, and mesh2sdf's volume IoU at 64^3.
 
-    The ground truth is scaled to a unit box, and then turned by -`truth_yaw_deg` about z (the script has a table of
-    angles for GSO30's objects); the prediction is taken as it is: z up, in the scale and place of the pictures.
+    The ground truth is scaled to a unit box, and then turned by -`truth_yaw_deg` about z (of GSO30's: YAWS_DEG); the
+    prediction is taken as it is: z up, in the scale and place of the pictures.
     truth_depth (16, 256, 256) uint16: the data set's own depth pictures, which the script prefers to the mesh.
     """
     turn = trimesh.transformations.rotation_matrix(-np.radians(truth_yaw_deg), [0, 0, 1])[:3, :3]
@@ -63,7 +71,7 @@ def require_before_cameras(vertices: np.ndarray) -> None:
     if radius >= DISTANCE - 0.5:  # its rasteriser's near plane
         raise UserError(
             "syncdreamer_gso takes meshes as its pictures show them, within a unit box at the origin; this one reaches "
-            f"{radius:.3g} from it. Scale it, or set normalise=box"
+            f"{radius:.3g} from it; scale the mesh"
         )
 
 

@@ -35,6 +35,12 @@ def unit_box(vertices: np.ndarray) -> np.ndarray:
     return scaled - (scaled.max(axis=0) + scaled.min(axis=0))[None] / 2
 
 
+def in_box_of(points: np.ndarray, vertices: np.ndarray) -> np.ndarray:
+    """Points (P, 3) of the mesh of these vertices (X, 3) -> where they lie when it is brought into a unit box."""
+    low, high = vertices.min(axis=0), vertices.max(axis=0)
+    return (points - (low + high) / 2) / (high - low).max()
+
+
 def sample_surface(mesh: trimesh.Trimesh, count: int, seed: int = 0) -> Samples:
     """`count` points on all of the surface, inside parts too."""
     points, faces = trimesh.sample.sample_surface(mesh, count, seed=seed)[:2]
@@ -96,9 +102,10 @@ def to_surface(samples: Samples, surface: Samples) -> tuple[np.ndarray, np.ndarr
     To points alone the distance of a shape to itself would be that between neighbouring points.
     """
     _, nearest = cKDTree(surface.points).query(samples.points, k=NEIGHBOURS)
-    asked = np.repeat(samples.points, NEIGHBOURS, axis=0)
-    foot = trimesh.triangles.closest_point(surface.corners[nearest.ravel()], asked)
-    away = np.linalg.norm(foot - asked, axis=1).reshape(nearest.shape)
+    size = float(np.ptp(surface.corners, axis=(0, 1)).max())  # trimesh's tolerances are absolute
+    asked = np.repeat(samples.points, NEIGHBOURS, axis=0) / size
+    foot = trimesh.triangles.closest_point(surface.corners[nearest.ravel()] / size, asked)
+    away = size * np.linalg.norm(foot - asked, axis=1).reshape(nearest.shape)
     best = away.argmin(axis=1)
     rows = np.arange(len(best))
     normals = surface.normals[nearest[rows, best]]
@@ -121,6 +128,11 @@ def f_score(found: Distances, near: float) -> float:
     return 2 * precision * recall / max(precision + recall, 1e-12)
 
 
+def moved(motion: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(4, 4) rigid motion of points (P, 3)."""
+    return points @ motion[:3, :3].T + motion[:3, 3]
+
+
 def turned(points: np.ndarray, yaw_deg: float) -> np.ndarray:
     """Points (P, 3) turned about z."""
     angle = np.radians(yaw_deg)
@@ -128,8 +140,11 @@ def turned(points: np.ndarray, yaw_deg: float) -> np.ndarray:
     return points @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]).T
 
 
-def best_yaw(pred: np.ndarray, truth: np.ndarray) -> float:
-    """Degrees about z that bring pred (P, 3) nearest to truth (Q, 3), by Chamfer distance; to a quarter of a degree."""
+def best_yaw(pred: np.ndarray, truth: np.ndarray, vertices: np.ndarray | None = None) -> float:
+    """Degrees about z that bring pred (P, 3) nearest to truth (Q, 3), by Chamfer distance; to a quarter of a degree.
+
+    vertices (X, 3): of the mesh that pred lies on, which is brought into a unit box after the turn; None: it is not.
+    """
     rng = np.random.default_rng(0)
     few = pred[rng.permutation(len(pred))[:COARSE_POINTS]]
     against = truth[rng.permutation(len(truth))[:COARSE_POINTS]]
@@ -137,6 +152,8 @@ def best_yaw(pred: np.ndarray, truth: np.ndarray) -> float:
 
     def cost(yaw: float) -> float:
         moved = turned(few, yaw)
+        if vertices is not None:
+            moved = in_box_of(moved, turned(vertices, yaw))
         return float(tree.query(moved)[0].mean() + cKDTree(moved).query(against)[0].mean())
 
     best = min(np.arange(-180, 180, YAW_STEP_DEG), key=cost)
@@ -146,14 +163,9 @@ def best_yaw(pred: np.ndarray, truth: np.ndarray) -> float:
 
 
 def rigid_motion(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """(4, 4) that brings pred (P, 3) to truth (Q, 3): the best yaw, then iterative closest points, without scaling."""
-    yaw = best_yaw(pred, truth)
-    start = np.eye(4)
-    start[:3, :3] = turned(np.eye(3), yaw).T
+    """(4, 4) that brings pred (P, 3), which lies nearly right, to truth (Q, 3): iterative closest points, unscaled."""
     rng = np.random.default_rng(0)
     few = pred[rng.permutation(len(pred))[: 4 * COARSE_POINTS]]
     return np.asarray(
-        trimesh.registration.icp(
-            few, truth, initial=start, threshold=1e-7, max_iterations=60, reflection=False, scale=False
-        )[0]
+        trimesh.registration.icp(few, truth, threshold=1e-7, max_iterations=60, reflection=False, scale=False)[0]
     )

@@ -19,19 +19,21 @@ def volume_iou(a: np.ndarray, b: np.ndarray) -> float:
 def inside(corners: np.ndarray, size: int, low: float, step: float) -> np.ndarray:
     """corners (T, 3, 3) -> (size,)*3 bool: grid points low + i * step inside by the majority of the three axes.
 
-    Along each axis a point is inside when an odd number of triangles lies before it.  Where a mesh is open the axes
-    disagree; two of three are right unless the hole is large.
+    Along each axis a point is inside when more triangles before it face one way than the other, so that what two parts
+    share is inside too.  Where a mesh is open the axes disagree; two of three are right unless the hole is large.
     """
     votes = np.zeros((size, size, size), dtype=np.int8)
     for axis in range(3):
         order = [axis, (axis + 1) % 3, (axis + 2) % 3]  # this axis first
-        odd = odd_crossings(corners[..., order], size, low, step)
-        votes += np.transpose(odd, np.argsort(order)).astype(np.int8)
+        wound = crossings(corners[..., order], size, low, step, facing=True) != 0
+        votes += np.transpose(wound, np.argsort(order)).astype(np.int8)
     return votes >= 2
 
 
-def odd_crossings(corners: np.ndarray, size: int, low: float, step: float) -> np.ndarray:
-    """corners (T, 3, 3) -> (size,)*3 bool: whether the triangles on the line from -x to the grid point are odd.
+def crossings(corners: np.ndarray, size: int, low: float, step: float, facing: bool) -> np.ndarray:
+    """corners (T, 3, 3) -> (size,)*3: how many triangles the line from -x to the grid point crosses.
+
+    facing: those that face one way less those that face the other.
 
     Points on an edge of the projected triangles go to one side by symbolic perturbation, so that neighbours neither
     share nor miss them; a triangle at i lies before the points i and beyond (Batty's SDFGen, which mesh2sdf wraps).
@@ -39,7 +41,7 @@ def odd_crossings(corners: np.ndarray, size: int, low: float, step: float) -> np
     grid = (corners.astype(np.float64) - low) / step
     first = np.clip(np.ceil(grid[..., 1:].min(axis=1)), 0, size - 1).astype(np.int64)
     last = np.clip(np.floor(grid[..., 1:].max(axis=1)), 0, size - 1).astype(np.int64)
-    crossed = np.zeros((size + 1) * size * size, dtype=np.int64)
+    crossed = np.zeros((size + 1) * size * size)
     for face, y, z in cells_of_rectangles(first, last):
         a, b, c = (grid[face, i, 1:] - np.stack([y, z], axis=1) for i in range(3))
         (sign_a, twice_a), (sign_b, twice_b), (sign_c, twice_c) = side(b, c), side(c, a), side(a, b)
@@ -49,8 +51,9 @@ def odd_crossings(corners: np.ndarray, size: int, low: float, step: float) -> np
         xa, xb, xc = grid[face[hit], :, 0].T
         x = wa / total * xa + wb / total * xb + wc / total * xc  # rounded as there: a side may lie on the grid
         place = np.clip(np.ceil(x), 0, size).astype(np.int64)
-        crossed += np.bincount((place * size + y[hit]) * size + z[hit], minlength=len(crossed))
-    return (crossed.reshape(size + 1, size, size)[:size].cumsum(axis=0) % 2).astype(bool)
+        way = sign_a[hit] if facing else np.ones(len(place))
+        crossed += np.bincount((place * size + y[hit]) * size + z[hit], weights=way, minlength=len(crossed))
+    return crossed.reshape(size + 1, size, size)[:size].cumsum(axis=0)
 
 
 def side(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +71,7 @@ def mesh2sdf_inside(vertices: np.ndarray, triangles: np.ndarray, size: int = 64)
     """
     corners = vertices.astype(np.float32)[triangles]
     step = np.float32(2.0) / np.float32(size)
-    found = odd_crossings(corners, size, -1.0, float(step))
+    found = crossings(corners, size, -1.0, float(step), facing=False) % 2 == 1
     found[on_surface(corners, size, step)] = False
     return found
 

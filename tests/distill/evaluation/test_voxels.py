@@ -69,3 +69,15 @@ def test_sides_on_the_grid_do_not_count_as_mesh2sdf_has_it() -> None:
     box = trimesh.creation.box()
     found = mesh2sdf_inside(np.asarray(box.vertices), np.asarray(box.faces), 64)
     assert int(found.sum()) == 31**3
+
+
+def test_what_two_parts_share_is_inside() -> None:
+    """Two boxes that overlap by half against the one box that they fill; and a hollow of its own sides stays hollow."""
+    left, right = (trimesh.creation.box().apply_translation((x, 0, 0)) for x in (-0.25, 0.25))
+    both = trimesh.util.concatenate([left, right])
+    assert shared_volume(both, trimesh.creation.box((1.5, 1, 1)), 64) > 0.999
+    hollow = trimesh.creation.icosphere(radius=0.4)
+    hollow.invert()
+    shell = trimesh.util.concatenate([trimesh.creation.icosphere(radius=0.8), hollow])
+    share = filled(shell).sum() / filled(trimesh.creation.icosphere(radius=0.8)).sum()
+    assert share == pytest.approx(1 - 0.5**3, abs=0.01)
