@@ -54,7 +54,7 @@ SCALE_IT = f"scale it to at most {MAX_SIDE} pixels a side and {MAX_MEGAPIXELS} m
 
 
 def read_picture(path: Path, whole: bool = False) -> Image.Image:
-    """RGBA, upright, at most LARGE a side, or `whole` as it is.  UserError for what is not a picture, or too small or large a one."""
+    """RGBA, upright, at most LARGE a side, or `whole` as it is.  UserError: not a picture, or too small or large."""
     if path.is_dir():
         raise UserError(f"image {path} is a folder; give it alone, as image=, to take all pictures in it")
     if not path.is_file():

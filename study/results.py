@@ -16,7 +16,7 @@ import torch
 
 from data.files import atomic_file, read_json
 from distill import report
-from distill.evaluation.summary import by_azimuth, interval, paired_difference
+from distill.evaluation.summary import by_azimuth, interval, paired_difference, spread_interval
 from study.config import StudyConfig, words_of
 from study.figure import differences, figure
 from study.variants import BASE, BASELINES, NOISE, STAGES, TWIN, Variant, without_twins
@@ -188,21 +188,28 @@ def stages_compared(runs: dict[str, Any]) -> list[str]:
     return found
 
 
-def azimuths(out: Path, variants: list[Variant], seeds: list[int]) -> dict[str, Any]:
-    """PSNR by azimuth from the reference: of each variant, and of what needs no model."""
-    found = {one.name: by_azimuth(sides_of(out, one.name, seeds, "by_view")) for one in variants}
-    found |= {words: by_azimuth(sides_of(out, BASE, seeds, f"{key}_by_view")) for key, words in BASELINES.items()}
-    return {name: told for name, told in found.items() if told}
+def azimuths(out: Path, variants: list[Variant], seeds: list[int]) -> dict[str, list[list[tuple[float, float]]]]:
+    """Of each variant, and of what needs no model: each object's views as (azimuth from the reference, dB)."""
+    found = {one.what: sides_of(out, one.name, seeds, "by_view") for one in variants}
+    return found | {words: sides_of(out, BASE, seeds, f"{key}_by_view") for key, words in BASELINES.items()}
 
 
-def sides_of(out: Path, name: str, seeds: list[int], key: str) -> list[tuple[float, float]]:
-    """(azimuth in degrees from the reference, dB) of all views."""
-    views: list[tuple[float, float]] = []
+def sides_of(out: Path, name: str, seeds: list[int], key: str) -> list[list[tuple[float, float]]]:
+    objects: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for seed in seeds:
         told: Any = read_json(out / "samples" / f"{name}-{seed}" / "samples.json", "samples")
-        for values in without_twins(told["objects"]).values():
-            views += zip(values["azimuth_deg"], values[key], strict=True)
-    return views
+        for uid, values in without_twins(told["objects"]).items():
+            objects[uid] += zip(values["azimuth_deg"], values[key], strict=True)
+    return list(objects.values())
+
+
+def of_sides(sides: dict[str, list[list[tuple[float, float]]]]) -> str:
+    rows = []
+    for name, objects in sides.items():
+        told = by_azimuth([view for views in objects for view in views])
+        if told:
+            rows.append([name, spanned(told["spread_db"], spread_interval(objects), ".2f")])
+    return table(["", "spread over azimuth, dB"], rows)
 
 
 def command_of(config: StudyConfig) -> str:
@@ -238,9 +245,7 @@ def write_results(
     tables = of_variants(found, variants, config) | {"Against what needs no model": of_baselines(found[BASE])}
     tables["Which guidance and how many steps of the 2D samples?"] = of_samplings(out, config, variants)
     tables["Which objects?"] = by_kind(out, found[BASE])
-    whats = {variant.name: variant.what for variant in variants}
-    spreads = [[whats.get(name, name), f"{told['spread_db']:.2f}"] for name, told in sides.items()]
-    tables["Is it as good from all sides?"] = table(["", "spread over azimuth, dB"], spreads)
+    tables["Is it as good from all sides?"] = of_sides(sides)
     distilled = [name for seed in config.seeds for name, _, _ in config.distillations(seed)]
     meshes = of_meshes(out, distilled, config.seeds) if "meshes" not in failed else None
     if meshes:
@@ -306,12 +311,13 @@ def write_page(
     out: Path,
     caveat: str,
     facts: str,
-    sides: dict[str, Any],
+    sides: dict[str, list[list[tuple[float, float]]]],
     objects: dict[str, dict[str, float]],
     seed: int,
     distilled: list[str],
 ) -> None:
-    lines = {name: list(zip(told["azimuth_deg"], told["psnr"], strict=True)) for name, told in sides.items()}
+    found = {name: by_azimuth([view for views in objects for view in views]) for name, objects in sides.items()}
+    lines = {name: list(zip(told["azimuth_deg"], told["psnr"], strict=True)) for name, told in found.items() if told}
     shown = out / "samples" / f"{BASE}-{seed}" / "samples.png"
     ranked = sorted(objects, key=lambda uid: -objects[uid]["psnr"])
     rows = [[uid, *(round(objects[uid][k], 3) for k in ("psnr", "ssim", *BASELINES))] for uid in ranked]

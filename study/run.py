@@ -250,6 +250,13 @@ def main(config: StudyConfig) -> None:
         print(*(variant.name for variant in variants))
         return
     require_writable(Path(config.out), needed_mb=4096)
+    try:
+        study(config, variants)
+    except KeyboardInterrupt:
+        raise UserError("interrupted; give the same command again, and the study goes on from here") from None
+
+
+def study(config: StudyConfig, variants: list[Variant]) -> None:
     began = time.monotonic()
     plan = Plan(config)
     sources = fetched(config)

@@ -67,9 +67,36 @@ def by_azimuth(views: Sequence[tuple[float, float]], bins: int = 8) -> dict[str,
 
     Isotropic: all sides are as good; the spread (standard deviation over sectors) is 0.  None with one sector alone.
     """
-    sector = [int(((azimuth + 180 / bins) % 360) // (360 / bins)) for azimuth, _ in views]
+    sector = [sector_of(azimuth, bins) for azimuth, _ in views]
     there = sorted(set(sector))
     if len(there) < 2:
         return None
     mean = [float(np.mean([db for (_, db), s in zip(views, sector, strict=True) if s == one])) for one in there]
     return {"azimuth_deg": [one * 360 / bins for one in there], "psnr": mean, "spread_db": float(np.std(mean))}
+
+
+def sector_of(azimuth_deg: float, bins: int) -> int:
+    """The first sector's middle is at 0."""
+    return int(((azimuth_deg + 180 / bins) % 360) // (360 / bins))
+
+
+def spread_interval(
+    objects: Sequence[Sequence[tuple[float, float]]], bins: int = 8, seed: int = 0
+) -> tuple[float, float] | None:
+    """Percentile interval at 95 % of `by_azimuth`'s spread, objects (each its views) drawn with replacement.
+
+    A spread cannot be negative: of few objects it is above 0 by chance.  None of fewer than ten objects, or where a
+    sector has no view.
+    """
+    sums, counts = np.zeros((2, len(objects), bins))
+    for number, views in enumerate(objects):
+        for azimuth, db in views:
+            sums[number, sector_of(azimuth, bins)] += db
+            counts[number, sector_of(azimuth, bins)] += 1
+    if len(objects) < 10 or not counts.sum(axis=0).all():
+        return None
+    drawn = np.random.default_rng(seed).multinomial(len(objects), [1 / len(objects)] * len(objects), size=RESAMPLES)
+    shown = drawn @ counts
+    means = (drawn @ sums)[(shown > 0).all(axis=1)] / shown[(shown > 0).all(axis=1)]
+    low, high = np.quantile(means.std(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

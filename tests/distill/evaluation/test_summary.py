@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distill.evaluation.summary import bootstrap, by_azimuth, interval, means, paired_difference
+from distill.evaluation.summary import bootstrap, by_azimuth, interval, means, paired_difference, spread_interval
 
 
 def test_the_interval_is_that_of_the_mean() -> None:
@@ -55,3 +55,15 @@ def test_quality_over_azimuth() -> None:
     front = by_azimuth([(350.0, 30.0), (10.0, 30.0), (180.0, 20.0)])
     assert front is not None and front["azimuth_deg"] == [0, 180] and front["spread_db"] == 5
     assert by_azimuth([(0.0, 1.0), (5.0, 2.0)]) is None
+
+
+def test_the_spread_has_an_interval() -> None:
+    draw = np.random.default_rng(1)
+    azimuths = np.arange(0, 360, 45)
+    better = np.where(azimuths == 0, 8.0, 0.0)  # the front by 8 dB: standard deviation over 8 sectors 2.65
+    objects = [[(a, 20 + db + draw.normal()) for a, db in zip(azimuths, better, strict=True)] for _ in range(40)]
+    low, high = spread_interval(objects) or (0, 0)
+    told = by_azimuth([view for views in objects for view in views])
+    assert told is not None and low < told["spread_db"] < high < low + 0.5 and low < 2.65 < high
+    assert spread_interval(objects[:9]) is None
+    assert spread_interval([views[1:] for views in objects]) is None, "nobody was seen from the front"
