@@ -197,7 +197,8 @@ def render_nearest(plan: Plan, sources: list[Path]) -> None:
     for source in sources:
         mine = sorted({asset.uid for asset in list_assets(source)} & names)
         if mine:
-            unused = ["rings=1", "views_per_ring=4", "references=1"]  # only the evaluation views are looked at
+            # Only the evaluation views are looked at; and what was trained on is not judged anew from other sides.
+            unused = ["rings=1", "views_per_ring=4", "references=1", "min_coverage=0", "reject_border=false"]
             words = [f"source={source}", f"out={out}/views_nearest", *RENDER, f"names=[{','.join(mine)}]",
                      "eval_views=8", *config.render, *unused]  # fmt: skip
             plan.run(f"render_nearest_{source.stem}", [*PYTHON, "data/render.py", *words], "views_nearest", before,
