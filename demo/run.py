@@ -113,7 +113,7 @@ def values_of(step: Step) -> list[str]:
 
 
 def run_step(step: Step, number: int, total: int, out: Path, before: str) -> str:
-    """Runs one command unless it has run with the same inputs; returns the fingerprint for the next.
+    """Runs one command unless it has ended with 0 on the same inputs; returns the fingerprint for the next.
 
     total: of all steps; 0 where it is not known.
 

@@ -21,7 +21,7 @@ class StudyConfig:
     image_size: int = 64  # that the models are trained at
     guidance: float = 1.0  # of the 2D samples, and of what is distilled from stage 1
     sample_steps: int = 2  # DDIM; few give the model's mean picture, which so small a model draws best
-    # What the samples of stage 1 and both stages are drawn with besides, each in place of the value above.
+    # What the samples of variants that ask whether stage 2 helps are drawn with besides, in place of the value above.
     other_guidances: list[float] = field(default_factory=lambda: [1.5, 3.0, 6.0])
     other_sample_steps: list[int] = field(default_factory=lambda: [5, 10, 50])
     seeds: list[int] = field(default_factory=lambda: [0])  # of training; each variant is trained with each
@@ -55,7 +55,7 @@ class StudyConfig:
         check(self.cpu or self.jobs == 1, "jobs share one machine's CPU; with GPUs, slurm/study.sh gives each its own")
 
     def samplings(self) -> list[tuple[str, float, int]]:
-        """(name, guidance, DDIM steps) of the samples that both stages are judged by besides."""
+        """(name, guidance, DDIM steps) of the samples that the stages are judged by besides."""
         return [(f"guidance{one:g}", one, self.sample_steps) for one in self.other_guidances] + [
             (f"steps{one}", self.guidance, one) for one in self.other_sample_steps
         ]
@@ -75,7 +75,7 @@ def words_of(config: StudyConfig, without: tuple[str, ...] = ()) -> list[str]:
             return "[" + ",".join(map(written, value)) + "]"
         if isinstance(value, bool) or not isinstance(value, str):
             return str(value).lower()
-        return value if re.fullmatch(r"[\w./-]+", value) else json.dumps(value, ensure_ascii=False)
+        return value if re.fullmatch(r"[\w./-]+", value, re.ASCII) else json.dumps(value, ensure_ascii=False)
 
     usual = StudyConfig()
     changed = [f.name for f in fields(config) if getattr(config, f.name) != getattr(usual, f.name)]

@@ -33,7 +33,8 @@ def jobs_of(config: StudyConfig, variants: list[Variant]) -> list[Job]:
     own = [Job(one.name, words(one.name)) for one in others if one.stage1 is not None]
     following = [Job(one.name, words(one.name), after_base=True) for one in others if one.stage1 is None]
     meshes = [Job("meshes", words(BASE, config.distil), after_base=True)] if config.distil else []
-    return [Job(BASE, words(BASE)), *own, *meshes, *following]
+    base = [Job(BASE, words(BASE))] if following or meshes or len(others) < len(variants) else []
+    return [*base, *own, *meshes, *following]
 
 
 def started(job: Job, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:

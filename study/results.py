@@ -16,7 +16,7 @@ import torch
 
 from data.files import atomic_file, read_json
 from distill import report
-from distill.evaluation.summary import by_azimuth, interval, paired_difference, spread_interval
+from distill.evaluation.summary import by_azimuth, interval, paired_difference, share_interval, spread
 from study.config import StudyConfig, words_of
 from study.figure import differences, figure
 from study.variants import BASE, BASELINES, NOISE, STAGES, TWIN, Variant, without_twins
@@ -58,9 +58,9 @@ def cell(values: dict[str, float], digits: int = 2) -> str:
 
 
 def share(values: dict[str, float]) -> str:
-    """Of objects: between 0 and 1, and so is its interval."""
-    low, high = interval(list(values.values())) or (0.0, 1.0)
-    return spanned(float(np.mean(list(values.values()))), (max(low, 0.0), min(high, 1.0)), ".2f")
+    """Of objects."""
+    mean = float(np.mean(list(values.values())))
+    return spanned(mean, share_interval(mean, len(values)), ".2f")
 
 
 def spanned(mean: float, span: tuple[float, float] | None, form: str) -> str:
@@ -206,9 +206,9 @@ def sides_of(out: Path, name: str, seeds: list[int], key: str) -> list[list[tupl
 def of_sides(sides: dict[str, list[list[tuple[float, float]]]]) -> str:
     rows = []
     for name, objects in sides.items():
-        told = by_azimuth([view for views in objects for view in views])
-        if told:
-            rows.append([name, spanned(told["spread_db"], spread_interval(objects), ".2f")])
+        found = spread(objects)
+        if found:
+            rows.append([name, spanned(*found, ".2f")])
     return table(["", "spread over azimuth, dB"], rows)
 
 
@@ -246,11 +246,13 @@ def write_results(
     tables["Which guidance and how many steps of the 2D samples?"] = of_samplings(out, config, variants)
     tables["Which objects?"] = by_kind(out, found[BASE])
     tables["Is it as good from all sides?"] = of_sides(sides)
-    distilled = [name for seed in config.seeds for name, _, _ in config.distillations(seed)]
-    meshes = of_meshes(out, distilled, config.seeds) if "meshes" not in failed else None
+    asked = [name for seed in config.seeds for name, _, _ in config.distillations(seed)]
+    distilled = [name for name in asked if f"judge_{name}" in steps]
+    meshes = of_meshes(out, distilled, config.seeds)
     if meshes:
         tables["Meshes of held-out objects, by stage and guidance scale"] = meshes
-    (out / "differences.png").unlink(missing_ok=True)
+    for name in ("differences.png", "study.png"):  # of a call before
+        (out / name).unlink(missing_ok=True)
     if len(variants) > 1:
         write_differences(out, found, variants)
     trained = len(list((out / "views_train").glob("*/meta.json")))
@@ -264,8 +266,8 @@ def write_results(
         )
     noise = f': "{NOISE}"' if any(variant.question == NOISE for variant in variants) else ""
     facts = (f"{datetime.date.today()}, {device_of(config)}; {minutes_of(out, steps)}.  {trained} objects trained on, "
-             f"{held_out}, seeds {config.seeds}; {config.sample_steps} DDIM steps, guidance "
-             f"{config.guidance:g}. Brackets: 95 % intervals over objects, by bootstrap (below ten by Student's t); "
+             f"{held_out}, seeds {config.seeds}; {config.sample_steps} DDIM steps, guidance {config.guidance:g}. "
+             "Brackets: 95 % intervals over objects, by bootstrap; of fewer than ten Student's t, of shares Wilson's; "
              f"differences are of the same objects. How much another training changes is not in them{noise}. "
              f"`{command_of(config)}` makes all of it again.")  # fmt: skip
     facts += "".join(f"\n\n{words}" for words in [*notes, *(f"Not made: {one}: {why}" for one, why in failed.items())])

@@ -2,13 +2,15 @@
 
     python study/run.py [out=runs/study] [variants=[stage1,no_reference]] [limit=8 stage1='["steps=20"]' ...]
 
-Each step is the command a user would type; it is run once, and again only when it or a step before it has changed.
+Each step is the command a user would type; it is run once, and again only when it or a step before it has changed, or
+where it could not do all of its objects.
 Interrupted at any point, the study goes on where it was.  Several may share one out=, as the jobs of slurm/study.sh do;
 one that wants a step which another is at ends and says so.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -165,12 +167,13 @@ def train(plan: Plan, variant: Variant, seed: int) -> str:
     ]  # fmt: skip
     first = f"{BASE if variant.stage1 is None else variant.name}-{seed}-stage1"
     if first not in plan.marks:
-        words = [*common, f"out={out}/{first}", *config.stage1, *(variant.stage1 or ())]
+        words = [*common, f"out={out}/{first}", *config.stage1, *variant.words(variant.stage1 or (), seed)]
         plan.run(first, [*launch, "train/stage1.py", *words], first, latents)
     if variant.stage2 is None:
         return first
     second = f"{variant.name}-{seed}-stage2"
-    words = [*common, f"out={out}/{second}", f"init_from={out}/{first}/export", *config.stage2, *variant.stage2]
+    words = [*common, f"out={out}/{second}", f"init_from={out}/{first}/export", *config.stage2,
+             *variant.words(variant.stage2, seed)]  # fmt: skip
     plan.run(second, [*launch, "train/stage2.py", *words], second, first)
     return second
 
@@ -207,8 +210,11 @@ def render_nearest(plan: Plan, sources: list[Path]) -> None:
     plan.marks["render_nearest"] = plan.marks[before]
 
 
-def distil(plan: Plan, seed: int) -> None:
-    """Held-out objects from the best to the worst, by both stages and by stage 1, and by guidance scale."""
+def distil(plan: Plan, seed: int) -> dict[str, str]:
+    """Held-out objects from the best to the worst, by both stages and by stage 1, and by guidance scale.
+
+    Why some of these could not be made or judged, by name.
+    """
     config, out = plan.config, plan.out
     told = json.loads((out / "samples" / f"{BASE}-{config.seeds[0]}" / "samples.json").read_text())["objects"]
     # By what the model adds: thin objects are nearly white, and near to every white picture.
@@ -216,32 +222,42 @@ def distil(plan: Plan, seed: int) -> None:
     count = min(config.distil, len(ranked))
     uids = [ranked[round(i * (len(ranked) - 1) / max(count - 1, 1))] for i in range(count)]
     write_json(out / "distilled.json", uids)
+    failed = {}
     for name, stage, scale in config.distillations(seed):
-        export = f"{BASE}-{seed}-{stage}"
-        one = f"/{uids[0]}" if count == 1 else ""  # a single picture's mesh goes into out= itself
-        pictures = [str(out / "samples" / f"{BASE}-{seed}" / "references" / f"{uid}.png") for uid in uids]
-        folder = f"meshes/{name}"
-        command = [
-            *PYTHON,
-            "distill/generate.py",
-            "experiment=demo",
-            f"checkpoint={out}/{export}/export",
-            f"out={out}/{folder}{one}",
-            f"guidance.scale={scale}",
-            *config.generate,
-            *pictures,
-        ]
-        # 1: some have no mesh, as the reason above says; the tables tell how many, and the next call tries them again.
-        plan.run(f"distil_{name}", command, folder, export, f"samples_{BASE}-{seed}", passes=(0, 1))
-        made = sorted(path.parent.name for path in (out / folder).glob("*/mesh.glb"))
-        plan.marks[f"meshes_{name}"] = plan.marks[f"distil_{name}"] + " ".join(made)
-        command = [*PYTHON, "distill/evaluate.py", f"pred={out}/{folder}", f"truth={out}/views_val", "lpips=none",
-                   f"image_encoder={out}/parts/image_encoder", f"out={out}/evaluations/{name}"]  # fmt: skip
-        plan.run(f"evaluate_{name}", command, f"evaluations/{name}", f"meshes_{name}")
-        command = [*PYTHON, "-m", "study.meshes", f"{out}/{folder}", f"{out}/views_val", f"{out}/judged/{name}",
-                   "--size", str(config.image_size), "--nearest", f"{out}/views_nearest",
-                   "--samples", f"{out}/samples/{BASE}-{seed}"]  # fmt: skip
-        plan.run(f"judge_{name}", command, f"judged/{name}", f"meshes_{name}", "render_nearest")
+        try:
+            distil_and_judge(plan, seed, uids, name, f"{BASE}-{seed}-{stage}", scale)
+        except UserError as error:
+            print(f"error: meshes of {name}: {error}", file=sys.stderr, flush=True)
+            failed[f"meshes of {name}"] = str(error)
+    return failed
+
+
+def distil_and_judge(plan: Plan, seed: int, uids: list[str], name: str, export: str, scale: float) -> None:
+    config, out = plan.config, plan.out
+    one = f"/{uids[0]}" if len(uids) == 1 else ""  # a single picture's mesh goes into out= itself
+    pictures = [str(out / "samples" / f"{BASE}-{seed}" / "references" / f"{uid}.png") for uid in uids]
+    folder = f"meshes/{name}"
+    command = [
+        *PYTHON,
+        "distill/generate.py",
+        "experiment=demo",
+        f"checkpoint={out}/{export}/export",
+        f"out={out}/{folder}{one}",
+        f"guidance.scale={scale}",
+        *config.generate,
+        *pictures,
+    ]
+    # 1: some have no mesh, as the reason above says; the tables tell how many, and the next call tries them again.
+    plan.run(f"distil_{name}", command, folder, export, f"samples_{BASE}-{seed}", passes=(0, 1))
+    made = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((out / folder).glob("*/mesh.glb"))]
+    plan.marks[f"meshes_{name}"] = plan.marks[f"distil_{name}"] + " ".join(made)
+    command = [*PYTHON, "distill/evaluate.py", f"pred={out}/{folder}", f"truth={out}/views_val", "lpips=none",
+               f"image_encoder={out}/parts/image_encoder", f"out={out}/evaluations/{name}"]  # fmt: skip
+    plan.run(f"evaluate_{name}", command, f"evaluations/{name}", f"meshes_{name}")
+    command = [*PYTHON, "-m", "study.meshes", f"{out}/{folder}", f"{out}/views_val", f"{out}/judged/{name}",
+               "--size", str(config.image_size), "--nearest", f"{out}/views_nearest",
+               "--samples", f"{out}/samples/{BASE}-{seed}"]  # fmt: skip
+    plan.run(f"judge_{name}", command, f"judged/{name}", f"meshes_{name}", "render_nearest")
 
 
 def main(config: StudyConfig) -> None:
@@ -276,11 +292,7 @@ def study(config: StudyConfig, variants: list[Variant]) -> None:
                 print(f"error: {variant.name}: {error}", file=sys.stderr, flush=True)
                 failed[variant.name] = str(error)
         if config.distil:
-            try:
-                distil(plan, seed)
-            except UserError as error:
-                print(f"error: meshes: {error}", file=sys.stderr, flush=True)
-                failed["meshes"] = str(error)
+            failed |= distil(plan, seed)
     if config.tables:
         from study.results import write_results
 

@@ -24,6 +24,11 @@ class Variant:
     image_size: int | None = None  # where it is not the study's
     share: float = 1.0  # of the training objects
 
+    @staticmethod
+    def words(given: tuple[str, ...], seed: int) -> list[str]:
+        """Overrides; {other_seed} becomes one that no other variant is trained with."""
+        return [word.format(other_seed=seed + 1000) for word in given]
+
 
 NOISE = "How much does another training differ?"
 STAGES, EMA = "Stage 1 alone or both stages?", "Which Explicit Multi-view Attention?"
@@ -36,8 +41,9 @@ VARIANTS = (
     Variant("no_reference", STAGES, "as many steps, without a reference",
             stage2=("objective.reference_probability=0",)),
     # What no other row's difference can be told from.
-    Variant("other_seed", NOISE, "both stages with another seed", stage1=("seed=1000",), stage2=("seed=1000",)),
-    Variant("other_seed2", NOISE, "stage 2 alone with another seed", stage2=("seed=1000",)),
+    Variant("other_seed", NOISE, "both stages with another seed", stage1=("seed={other_seed}",),
+            stage2=("seed={other_seed}",)),
+    Variant("other_seed2", NOISE, "stage 2 alone with another seed", stage2=("seed={other_seed}",)),
     Variant("always", EMA, "a reference at every multi-view step", stage2=("objective.reference_probability=1",)),
     Variant("clean_timestep", EMA, "the reference at timestep 0", stage2=("model.ema.timestep=zero",)),
     Variant("own_camera", EMA, "the reference with its camera", stage2=("model.ema.camera=own",)),

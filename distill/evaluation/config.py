@@ -14,7 +14,7 @@ PRESETS = ("ours", "syncdreamer_gso", "eschernet_gso")
 @dataclass
 class EvaluateConfig:
     pred: str = MISSING  # what is judged: a mesh, a folder of one object, or a folder of objects
-    truth: str | None = None  # what it is judged by, likewise, under the same names; null: consistency alone
+    truth: str | None = None  # what it is judged by, likewise, under the same names; null: consistency and Janus alone
     out: str = "evaluation"  # folder for evaluation.json, evaluation.html and pictures
     preset: str = "ours"  # ours, or another paper's protocol: syncdreamer_gso, eschernet_gso
     # How meshes are brought together (preset ours). box: longest side 1, centred, each by itself.

@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             measured[pred.name] = measure(pred, truth, config, tools)
             progress.update()
     told = summed_up(config, measured, lacking)
-    left = sorted(truths.keys() - preds.keys()) if len(pairs) > 1 else []
+    left = sorted(truths.keys() - preds.keys()) if len(truths) > 1 else []
     told["truth_without_prediction"] = left
     if left:
         told["not_measured"]["objects"] = f"the ground truth has {len(left)} more, which pred= lacks: {some_of(left)}"

@@ -144,6 +144,8 @@ def with_pictures(found: Measured, pred: Item, truth: Item, config: EvaluateConf
     if tools.encoder is not None:
         found.metrics["clip_similarity"] = float((features(ours, tools) * features(rgb, tools)).sum(dim=-1).mean())
     found.pictures = torch.stack([ours, rgb])
+    if config.consistency_steps:
+        with_consistency(found, {"": ours, "_truth": rgb}, cameras, config, tools.device)
     azimuth = azimuths_of(cameras)
     if azimuth is None:
         found.lacking["janus, quality by azimuth"] = "no cameras are known: neither meta.json nor cameras.json"
@@ -152,8 +154,6 @@ def with_pictures(found: Measured, pred: Item, truth: Item, config: EvaluateConf
     found.views = list(zip((azimuth - truth.reference_azimuth_deg).tolist(), quality.tolist(), strict=True))
     found.metrics["janus"] = janus_index(features(ours, tools), azimuth)
     found.metrics["janus_truth"] = janus_index(features(rgb, tools), azimuth)
-    if config.consistency_steps:
-        with_consistency(found, {"": ours, "_truth": rgb}, cameras, config, tools.device)
 
 
 def pictures_to_compare(
@@ -221,6 +221,9 @@ def with_consistency(
     if len(known) < len(cameras) or len(known) < 4:
         found.lacking["consistency_psnr"] = "it takes four views or more whose cameras are known"
         return
+    if any(rgb.shape[-1] != rgb.shape[-2] for rgb in kinds.values()):
+        found.lacking["consistency_psnr"] = "the pictures are not square"
+        return
     fovs = [camera.fov_deg if np.isfinite(camera.fov_deg) else config.fov_deg for camera in known]
     if any(fov is None for fov in fovs):
         found.lacking["consistency_psnr"] = "the cameras do not say their field of view; give fov_deg="
@@ -280,7 +283,6 @@ def aligned(
 ) -> None:
     """Turns the mesh, of which `here` are points, to the points `there`; what is turned has another box."""
     boxed = config.normalise == "box"
-    placed = shapes.unit_box if boxed else np.asarray
     yaw = shapes.best_yaw(here, there, np.asarray(mesh.vertices) if boxed else None)
     points = shapes.turned(here, yaw)
     vertices = shapes.turned(np.asarray(mesh.vertices), yaw)
@@ -288,12 +290,13 @@ def aligned(
         found.metrics["yaw_deg"] = yaw
     for _ in range(ROUNDS if config.align == "icp" else 0):
         if boxed:
-            points, vertices = shapes.in_box_of(points, vertices), placed(vertices)
+            points, vertices = shapes.in_box_of(points, vertices), shapes.unit_box(vertices)
         motion = shapes.rigid_motion(points, there)
         points, vertices = (shapes.moved(motion, some) for some in (points, vertices))
         if not boxed:
             break
-    mesh.vertices = placed(vertices)
+    # After the nearest points no box, which would undo their shift.
+    mesh.vertices = shapes.unit_box(vertices) if boxed and config.align == "yaw" else vertices
 
 
 def bare(mesh: trimesh.Trimesh) -> trimesh.Trimesh:

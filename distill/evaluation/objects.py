@@ -93,10 +93,13 @@ def read_item(folder: Path, above: Path) -> Item | None:
     elif len(item.pictures) == 1 and is_strip(next(iter(item.pictures.values()))):
         item.strip = item.pictures.popitem()[1]
     elif item.pictures and (above / "cameras.json").is_file():
-        described: Any = read_json(above / "cameras.json", "cameras")
-        for number, pose in enumerate(described.get("c2w", [])):
+        path = above / "cameras.json"
+        described: Any = read_json(path, "cameras")
+        if not isinstance(described, dict) or not isinstance(described.get("c2w"), list):
+            raise UserError(f"{path} is not models/sample.py's: it has no list c2w; remove it, or sample again")
+        for number, pose in enumerate(described["c2w"]):
             if number in item.pictures:
-                item.cameras[number] = camera_of(pose, None, above / "cameras.json")
+                item.cameras[number] = camera_of(pose, None, path)
     return item if item.pictures or item.strip or item.mesh else None
 
 
@@ -117,7 +120,10 @@ def with_meta(item: Item, folder: Path) -> None:
 
 
 def camera_of(c2w: Any, fov_deg: float | None, path: Path) -> Cameras:
-    pose = torch.tensor(c2w, dtype=torch.float32)
+    try:
+        pose = torch.tensor(c2w, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: a camera must be a 4 x 4 matrix of numbers: {error}") from None
     if pose.shape != (4, 4) or not bool(torch.isfinite(pose).all()):
         raise UserError(f"{path}: a camera must be a finite 4 x 4 matrix, not {tuple(pose.shape)}")
     azimuth = float(torch.rad2deg(torch.atan2(pose[1, 3], pose[0, 3])))

@@ -22,7 +22,7 @@ GOOD_HIGH = ("psnr", "ssim", "f_score", "volume_iou", "clip", "mask_iou", "norma
 
 def worst_first(metrics: dict[str, dict[str, float | None]]) -> tuple[list[str], str]:
     """Names by what judges best of what there is: PSNR, else Chamfer distance; objects without it first."""
-    for name, sign in (("psnr", 1), ("chamfer_l1", -1), ("chamfer", -1)):
+    for name, sign in (("psnr", 1), ("chamfer_l1", -1), ("chamfer", -1), ("consistency_psnr", 1)):
         if any(values.get(name) is not None for values in metrics.values()):
 
             def key(one: str, name: str = name, sign: int = sign) -> tuple[bool, float]:
@@ -77,7 +77,8 @@ def pictures_of(found: Measured) -> list[str]:
         chosen = np.unique(np.linspace(0, count - 1, min(count, SHOWN_VIEWS)).round().astype(int))
         rows = [np.concatenate(list(to_bytes(row)), axis=1) for row in found.pictures[:, chosen]]
         grid = np.concatenate(rows)
-        figures.append(report.picture(grid, "above the prediction, below the ground truth", "views", scale=1.0))
+        words = "above the prediction, below the ground truth" if len(rows) == 2 else "the prediction"
+        figures.append(report.picture(grid, words, "views", scale=1.0))
     if found.meshes is not None:
         rows = [shaded(mesh) for mesh in found.meshes]
         figures.append(report.picture(np.concatenate(rows), "shapes: the prediction above", "shapes", scale=1.0))

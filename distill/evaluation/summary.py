@@ -80,13 +80,14 @@ def sector_of(azimuth_deg: float, bins: int) -> int:
     return int(((azimuth_deg + 180 / bins) % 360) // (360 / bins))
 
 
-def spread_interval(
+def spread(
     objects: Sequence[Sequence[tuple[float, float]]], bins: int = 8, seed: int = 0
-) -> tuple[float, float] | None:
-    """Percentile interval at 95 % of `by_azimuth`'s spread, objects (each its views) drawn with replacement.
+) -> tuple[float, tuple[float, float]] | None:
+    """Standard deviation in dB over sectors, with its 95 % interval; objects: each its views, as in `by_azimuth`.
 
-    A spread cannot be negative: of few objects it is above 0 by chance.  None of fewer than ten objects, or where a
-    sector has no view.
+    Noise makes sectors differ too; what it adds to the variance, which a bootstrap over objects adds once more, is
+    taken away, so that 0 is found where all sides are as good (Efron and Tibshirani 1993, chapter 10).  None of fewer
+    than ten objects, or where a sector has no view.
     """
     sums, counts = np.zeros((2, len(objects), bins))
     for number, views in enumerate(objects):
@@ -97,6 +98,18 @@ def spread_interval(
         return None
     drawn = np.random.default_rng(seed).multinomial(len(objects), [1 / len(objects)] * len(objects), size=RESAMPLES)
     shown = drawn @ counts
-    means = (drawn @ sums)[(shown > 0).all(axis=1)] / shown[(shown > 0).all(axis=1)]
-    low, high = np.quantile(means.std(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    whole = (shown > 0).all(axis=1)
+    variances = ((drawn @ sums)[whole] / shown[whole]).var(axis=1)
+    variance = float((sums.sum(axis=0) / counts.sum(axis=0)).var())
+    bias = float(variances.mean()) - variance
+    low, high = np.quantile(variances, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - 2 * bias
+    value, low, high = (math.sqrt(max(one, 0.0)) for one in (variance - bias, low, high))
+    return value, (low, high)
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """Of a share of `count` objects, at 95 % (Wilson 1927): 0 of 5 may be 0.43."""
+    z = 1.96
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max((middle - half) / (1 + z * z / count), 0.0), min((middle + half) / (1 + z * z / count), 1.0)

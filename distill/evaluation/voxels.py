@@ -9,6 +9,8 @@ import numpy as np
 
 from distill.silhouette import cells_of_rectangles
 
+MIXED = 0.1  # share of uneven lines from which faces are taken to look either way
+
 
 def volume_iou(a: np.ndarray, b: np.ndarray) -> float:
     """Cells in both / cells in either; 0 where neither has any, since then nothing was found to be alike."""
@@ -20,20 +22,26 @@ def inside(corners: np.ndarray, size: int, low: float, step: float) -> np.ndarra
     """corners (T, 3, 3) -> (size,)*3 bool: grid points low + i * step inside by the majority of the three axes.
 
     Along each axis a point is inside when more triangles before it face one way than the other, so that what two parts
-    share is inside too.  Where a mesh is open the axes disagree; two of three are right unless the hole is large.
+    that face the same way share is inside too.  A line that does not come out even meets faces that are turned or gone:
+    there an odd number before the point counts, and everywhere when many lines do not.  Where a mesh is open the axes
+    disagree; two of three are right unless the hole is large.
     """
     votes = np.zeros((size, size, size), dtype=np.int8)
     for axis in range(3):
         order = [axis, (axis + 1) % 3, (axis + 2) % 3]  # this axis first
-        wound = crossings(corners[..., order], size, low, step, facing=True) != 0
-        votes += np.transpose(wound, np.argsort(order)).astype(np.int8)
+        wound, passed = (crossings(corners[..., order], size, low, step, facing) for facing in (True, False))
+        uneven = wound[-1] != 0
+        if uneven.sum() > MIXED * (passed[-1] > 0).sum():
+            uneven[:] = True
+        within = np.where(uneven, passed[:-1] % 2 == 1, wound[:-1] != 0)
+        votes += np.transpose(within, np.argsort(order)).astype(np.int8)
     return votes >= 2
 
 
 def crossings(corners: np.ndarray, size: int, low: float, step: float, facing: bool) -> np.ndarray:
-    """corners (T, 3, 3) -> (size,)*3: how many triangles the line from -x to the grid point crosses.
+    """corners (T, 3, 3) -> (size + 1, size, size): how many triangles the line from -x to the grid point crosses.
 
-    facing: those that face one way less those that face the other.
+    The last of x is the whole line.  facing: those that face one way less those that face the other.
 
     Points on an edge of the projected triangles go to one side by symbolic perturbation, so that neighbours neither
     share nor miss them; a triangle at i lies before the points i and beyond (Batty's SDFGen, which mesh2sdf wraps).
@@ -53,7 +61,7 @@ def crossings(corners: np.ndarray, size: int, low: float, step: float, facing: b
         place = np.clip(np.ceil(x), 0, size).astype(np.int64)
         way = sign_a[hit] if facing else np.ones(len(place))
         crossed += np.bincount((place * size + y[hit]) * size + z[hit], weights=way, minlength=len(crossed))
-    return crossed.reshape(size + 1, size, size)[:size].cumsum(axis=0)
+    return crossed.reshape(size + 1, size, size).cumsum(axis=0)
 
 
 def side(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +79,7 @@ def mesh2sdf_inside(vertices: np.ndarray, triangles: np.ndarray, size: int = 64)
     """
     corners = vertices.astype(np.float32)[triangles]
     step = np.float32(2.0) / np.float32(size)
-    found = crossings(corners, size, -1.0, float(step), facing=False) % 2 == 1
+    found = crossings(corners, size, -1.0, float(step), facing=False)[:-1] % 2 == 1
     found[on_surface(corners, size, step)] = False
     return found
 

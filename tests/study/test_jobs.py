@@ -98,6 +98,8 @@ def test_each_job_is_a_command_of_its_own() -> None:
         assert ("distil=3" in one.command) == (one.name == "meshes")
     named = {one.name: [word for word in one.command if word.startswith("variants=")] for one in jobs}
     assert named["meshes"] == [f"variants=[{BASE}]"] and named["width16"] == ["variants=[width16]"]
+    alone = jobs_of(StudyConfig(jobs=2, distil=0, tables=False), chosen(["width16"], with_base=False))
+    assert [one.name for one in alone] == ["width16"]
     everything = jobs_of(StudyConfig(jobs=2, distil=0), list(VARIANTS))
     assert sorted(one.name for one in everything) == sorted(one.name for one in VARIANTS)
 
@@ -120,7 +122,7 @@ def test_a_job_makes_its_own_variant_alone(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_words_are_read_back_as_they_were(tmp_path: Path) -> None:
     config = StudyConfig(
-        out=str(tmp_path / "a (b), c=d"), stage1=["steps=4", 'name="x, y"'], other_guidances=[], cpu=False,
+        out=str(tmp_path / "été (b), c=d"), stage1=["steps=4", 'name="x, y"'], other_guidances=[], cpu=False,
         seeds=[3], guidance=2.5, tables=False,
     )  # fmt: skip
     script = "import sys; from conf.cli import run; from study.config import StudyConfig; " \
@@ -133,3 +135,9 @@ def test_the_words_are_read_back_as_they_were(tmp_path: Path) -> None:
 def test_jobs_are_for_the_cpu() -> None:
     with pytest.raises(ConfigError, match="slurm/study"):
         StudyConfig(jobs=2, cpu=False)
+
+
+def test_another_seed_is_another_for_every_seed() -> None:
+    other = next(one for one in VARIANTS if one.name == "other_seed")
+    words = [tuple(other.words(other.stage1 or (), seed)) for seed in (0, 1, 1000)]
+    assert words == [("seed=1000",), ("seed=1001",), ("seed=2000",)]

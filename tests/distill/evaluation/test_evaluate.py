@@ -175,6 +175,20 @@ def test_icp_in_boxes_mends_a_turn_about_any_axis(tmp_path: Path) -> None:
     assert told["chamfer_l1"] < 0.006 and told["volume_iou"] > 0.95
 
 
+def test_icp_keeps_the_shift_that_it_finds(tmp_path: Path) -> None:
+    """The prediction has a bar more, which moves the middle of its box; its body comes to lie right all the same."""
+    body = trimesh.util.concatenate(
+        [trimesh.creation.box((1, 0.6, 0.5)), trimesh.creation.icosphere(radius=0.2).apply_translation((0.4, 0.3, 0.3))]
+    )
+    bar = trimesh.creation.box((0.02, 0.3, 0.02)).apply_translation((0, -0.45, 0))  # the longest side is x all the same
+    for side, mesh in (("truth", body), ("pred", trimesh.util.concatenate([body, bar]))):
+        (tmp_path / side).mkdir()
+        mesh.export(tmp_path / side / "body.ply")
+    found = {align: evaluate(config(tmp_path, align=align, out=str(tmp_path / align)))["objects"]["body"]["chamfer_l1"]
+             for align in ("none", "icp")}  # fmt: skip
+    assert found["icp"] < 0.85 * found["none"]
+
+
 def test_presets_name_what_they_measured(tmp_path: Path) -> None:
     for side in ("pred", "truth"):
         (tmp_path / side).mkdir()
@@ -307,3 +321,24 @@ def test_syncdreamers_turns_are_by_name(tmp_path: Path) -> None:
     assert told["sofa"]["chamfer"] < 3e-3 and told["other"]["chamfer"] > 0.05
     given = evaluate(config(tmp_path, preset="syncdreamer_gso", truth_yaw_deg=-90, out=str(tmp_path / "given")))
     assert given["objects"]["other"]["chamfer"] < 3e-3
+
+
+def test_what_cannot_be_read_or_measured_without_a_truth_is_said(tmp_path: Path) -> None:
+    sampled(tmp_path / "pred")
+    alone = config(tmp_path, truth=None, consistency_steps=20, fov_deg=FOV_DEG)
+    for path in (tmp_path / "pred" / "one").glob("*.png"):
+        Image.open(path).resize((SIZE, SIZE // 2)).save(path)
+    why = evaluate(alone)["not_measured"]
+    assert why["consistency_psnr"] == "the pictures are not square"
+    for text, words in (("[1]", "has no list c2w"), ('{"c2w": [[[1, 2], [3]]]}', "a 4 x 4 matrix of numbers")):
+        (tmp_path / "pred" / "cameras.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            evaluate(config(tmp_path, truth=None, consistency_steps=20, out=str(tmp_path / "other")))
+
+
+def test_one_prediction_of_many_truths(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        rendered(tmp_path / "truth" / name, [(0, 0, 200)] * 4)
+    rendered(tmp_path / "pred" / "one", [(0, 0, 200)] * 4)
+    told = evaluate(config(tmp_path))
+    assert told["truth_without_prediction"] == ["two"] and "pred= lacks: two" in told["not_measured"]["objects"]

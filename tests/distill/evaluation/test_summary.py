@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distill.evaluation.summary import bootstrap, by_azimuth, interval, means, paired_difference, spread_interval
+from distill.evaluation.summary import bootstrap, by_azimuth, interval, means, paired_difference, share_interval, spread
 
 
 def test_the_interval_is_that_of_the_mean() -> None:
@@ -62,8 +62,36 @@ def test_the_spread_has_an_interval() -> None:
     azimuths = np.arange(0, 360, 45)
     better = np.where(azimuths == 0, 8.0, 0.0)  # the front by 8 dB: standard deviation over 8 sectors 2.65
     objects = [[(a, 20 + db + draw.normal()) for a, db in zip(azimuths, better, strict=True)] for _ in range(40)]
-    low, high = spread_interval(objects) or (0, 0)
-    told = by_azimuth([view for views in objects for view in views])
-    assert told is not None and low < told["spread_db"] < high < low + 0.5 and low < 2.65 < high
-    assert spread_interval(objects[:9]) is None
-    assert spread_interval([views[1:] for views in objects]) is None, "nobody was seen from the front"
+    found = spread(objects)
+    assert found is not None
+    value, (low, high) = found
+    assert low < value < high < low + 0.5 and low < 2.65 < high
+    assert spread(objects[:9]) is None
+    assert spread([views[1:] for views in objects]) is None, "nobody was seen from the front"
+
+
+@pytest.mark.parametrize("true_spread", [0.0, 0.2, 1.0])
+def test_the_spread_is_not_made_of_noise(true_spread: float) -> None:
+    """Over many sets of objects its mean is the true one, and the interval holds that; whole objects differ too."""
+    draw = np.random.default_rng(2)
+    azimuths = np.arange(0, 360, 45)
+    sides = np.cos(np.radians(azimuths)) * true_spread * np.sqrt(2)
+    values, held = [], 0
+    for _ in range(20):
+        objects = [
+            [(float(a), float(own + db + draw.normal())) for a, db in zip(azimuths, sides, strict=True)]
+            for own in draw.normal(18, 4, size=50)
+        ]
+        value, (low, high) = spread(objects) or (0.0, (0.0, 0.0))
+        values.append(value)
+        held += low <= true_spread <= high
+    assert held >= 17
+    assert np.mean(values) == pytest.approx(true_spread, abs=0.06)
+
+
+def test_shares_of_few_are_not_certain() -> None:
+    """Wilson's interval; z^2 / (n + z^2) for none of n."""
+    assert share_interval(0.0, 5) == (0.0, pytest.approx(1.96**2 / (5 + 1.96**2)))
+    assert share_interval(1.0, 5) == (pytest.approx(5 / (5 + 1.96**2)), 1.0)
+    low, high = share_interval(0.5, 100)
+    assert low == pytest.approx(0.404, abs=1e-3) and high == pytest.approx(0.596, abs=1e-3)

@@ -76,6 +76,11 @@ def test_what_two_parts_share_is_inside() -> None:
     left, right = (trimesh.creation.box().apply_translation((x, 0, 0)) for x in (-0.25, 0.25))
     both = trimesh.util.concatenate([left, right])
     assert shared_volume(both, trimesh.creation.box((1.5, 1, 1)), 64) > 0.999
+    ring = trimesh.creation.torus(0.6, 0.25)
+    turned = ring.faces.copy()
+    turned[::2] = turned[::2, ::-1]  # half of them face inwards
+    mixed = trimesh.Trimesh(ring.vertices, turned, process=False)
+    assert volume_iou(filled(mixed), filled(ring)) > 0.99
     hollow = trimesh.creation.icosphere(radius=0.4)
     hollow.invert()
     shell = trimesh.util.concatenate([trimesh.creation.icosphere(radius=0.8), hollow])
