@@ -264,7 +264,7 @@ def write_results(
         held_out += (
             f" ({len(twins)} more left out, whose nearest by embedding is within {TWIN:g} dB: {', '.join(twins)})"
         )
-    noise = f': "{NOISE}"' if any(variant.question == NOISE for variant in variants) else ""
+    noise = f', see "{NOISE}"' if any(variant.question == NOISE for variant in variants) else ""
     facts = (f"{datetime.date.today()}, {device_of(config)}; {minutes_of(out, steps)}.  {trained} objects trained on, "
              f"{held_out}, seeds {config.seeds}; {config.sample_steps} DDIM steps, guidance {config.guidance:g}. "
              "Brackets: 95 % intervals over objects, by bootstrap; of fewer than ten Student's t, of shares Wilson's; "
