@@ -246,6 +246,7 @@ def write_results(
     tables["Which guidance and how many steps of the 2D samples?"] = of_samplings(out, config, variants)
     tables["Which objects?"] = by_kind(out, found[BASE])
     tables["Is it as good from all sides?"] = of_sides(sides)
+    tables = {title: body for title, body in tables.items() if body.count("\n") > 1}  # of few objects some say nothing
     asked = [name for seed in config.seeds for name, _, _ in config.distillations(seed)]
     distilled = [name for name in asked if f"judge_{name}" in steps]
     meshes = of_meshes(out, distilled, config.seeds)
