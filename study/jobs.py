@@ -25,15 +25,15 @@ class Job:
 def jobs_of(config: StudyConfig, variants: list[Variant]) -> list[Job]:
     """`both` first; then what trains a stage 1 of its own, the meshes, and what goes on from the stage 1 of `both`."""
 
-    def words(variant: str, distil: int = 0) -> list[str]:
+    def command(variant: str, distil: int = 0) -> list[str]:
         return [*PYTHON, "study/run.py", *words_of(replace(config, variants=[variant], distil=distil, tables=False,
                                                            jobs=1))]  # fmt: skip
 
     others = [one for one in variants if one.name != BASE]
-    own = [Job(one.name, words(one.name)) for one in others if one.stage1 is not None]
-    following = [Job(one.name, words(one.name), after_base=True) for one in others if one.stage1 is None]
-    meshes = [Job("meshes", words(BASE, config.distil), after_base=True)] if config.distil else []
-    base = [Job(BASE, words(BASE))] if following or meshes or len(others) < len(variants) else []
+    own = [Job(one.name, command(one.name)) for one in others if one.stage1 is not None]
+    following = [Job(one.name, command(one.name), after_base=True) for one in others if one.stage1 is None]
+    meshes = [Job("meshes", command(BASE, config.distil), after_base=True)] if config.distil else []
+    base = [Job(BASE, command(BASE))] if following or meshes or len(others) < len(variants) else []
     return [*base, *own, *meshes, *following]
 
 

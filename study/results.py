@@ -70,8 +70,7 @@ def spanned(mean: float, span: tuple[float, float] | None, form: str) -> str:
 
 def gain(a: dict[str, float], b: dict[str, float]) -> str:
     """How much better the objects of both are in a."""
-    differences = [a[name] - b[name] for name in sorted(a.keys() & b.keys())]
-    return spanned(float(np.mean(differences)), interval(differences), "+.2f")
+    return spanned_mean(paired_difference(a, b), "+.2f")
 
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
@@ -171,8 +170,8 @@ def of_meshes(out: Path, names: list[str], seeds: list[int]) -> str | None:
     return "\n\n".join([*text, table(["", "PSNR, dB", "the meshes are better by"], beside)])
 
 
-def spanned_mean(told: dict[str, Any]) -> str:
-    return spanned(told["mean"], None if told["low"] is None else (told["low"], told["high"]), ".2f")
+def spanned_mean(told: dict[str, Any], form: str = ".2f") -> str:
+    return spanned(told["mean"], None if told["low"] is None else (told["low"], told["high"]), form)
 
 
 def stages_compared(runs: dict[str, Any]) -> list[str]:
@@ -289,9 +288,8 @@ def write_differences(out: Path, found: dict[str, dict[str, dict[str, float]]], 
     base, rows = column(found[BASE], "psnr"), []
     for variant in variants:
         if variant.name != BASE:
-            found_gain = paired_difference(column(found[variant.name], "psnr"), base)
-            mean, low, high = (found_gain[key] for key in ("mean", "low", "high"))
-            assert mean is not None
+            told = paired_difference(column(found[variant.name], "psnr"), base)
+            mean, low, high = told["mean"], told["low"], told["high"]
             rows.append((variant.what, mean, mean if low is None else low, mean if high is None else high))
     with atomic_file(out / "differences.png") as temporary:
         differences(rows, "PSNR against both stages, dB").save(temporary, format="PNG")

@@ -34,7 +34,8 @@ CONVENTIONS = {
         "chamfer_l2": "sum of both directions' mean squared distances",
         "f_score": "at the named distance; all distances in units of the ground truth's longest side",
         "volume_iou": "grid points of the common bounding box inside by the majority of three axes: on each, more "
-        "triangles before the point face one way than the other",
+        "triangles before the point face one way than the other; where a line does not come out even, or more than a "
+        "tenth of them do not, an odd number of triangles",
         "normal_consistency": "mean |cosine| of the normals of nearest pairs, both ways",
         "janus": "mean cosine of features between the front view and those from 90 to 270 degrees",
     },

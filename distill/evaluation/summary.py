@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-# Student's t at 97.5 %, by degrees of freedom from 1 on: of fewer than ten values a bootstrap's interval is too narrow
-# (of three, it holds the mean in three of four cases).
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
+FEW = 10  # below it a bootstrap's interval is too narrow: of three values it holds the mean in three of four cases
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -22,12 +21,12 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """
     if len(values) == 0:
         raise ValueError("no value, no interval")
-    if len(values) > len(STUDENT) + 1:
+    if len(values) >= FEW:
         return bootstrap(values)
     if len(values) == 1:
         return None
     data = np.asarray(sorted(values), dtype=np.float64)
-    half = STUDENT[len(data) - 2] * data.std(ddof=1) / math.sqrt(len(data))
+    half = stdtrit(len(data) - 1, (1 + LEVEL) / 2) * data.std(ddof=1) / math.sqrt(len(data))
     return float(data.mean() - half), float(data.mean() + half)
 
 
@@ -51,7 +50,7 @@ def means(objects: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[s
     return found
 
 
-def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float | None]:
+def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, Any]:
     """Mean over the objects of both of a - b, with its interval: the same objects under two methods.
 
     Raises ValueError where they share none.
@@ -94,7 +93,7 @@ def spread(
         for azimuth, db in views:
             sums[number, sector_of(azimuth, bins)] += db
             counts[number, sector_of(azimuth, bins)] += 1
-    if len(objects) < 10 or not counts.sum(axis=0).all():
+    if len(objects) < FEW or not counts.sum(axis=0).all():
         return None
     drawn = np.random.default_rng(seed).multinomial(len(objects), [1 / len(objects)] * len(objects), size=RESAMPLES)
     shown = drawn @ counts

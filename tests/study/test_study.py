@@ -161,7 +161,7 @@ def test_tables_compare_the_same_objects(tmp_path: Path) -> None:
     samples(tmp_path, "always", [21.0, 23.0, 31.0])
     found = {one.name: results.objects_of(tmp_path, [f"{one.name}-0"]) for one in (base, other)}
     (rows,) = results.of_variants(found, [base, other], StudyConfig(sample_steps=7)).values()
-    assert "| always | 25.00 [11.85, 38.15] | +1.00 [+1.00, +1.00] |" in rows  # every object by one
+    assert "| always | 25.00 [11.86, 38.14] | +1.00 [+1.00, +1.00] |" in rows  # every object by one
     assert "0.67 [0.21, 0.94]" in rows  # two of three identified
     assert "`python study/run.py 'variants=[always]' sample_steps=7 distil=0`" in rows
     assert "+9.00" in results.of_baselines(found[BASE])

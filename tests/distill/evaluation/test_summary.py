@@ -44,7 +44,7 @@ def test_paired_difference_is_of_shared_objects() -> None:
     found = paired_difference({"a": 2.0, "b": 3.0, "c": 9.0}, {"a": 1.0, "b": 1.0})
     assert found["mean"] == 1.5
     assert found["objects"] == 2
-    assert found["low"] == pytest.approx(1.5 - 12.706 / 2) and found["high"] == pytest.approx(1.5 + 12.706 / 2)
+    assert found["low"] == pytest.approx(1.5 - 12.7062 / 2) and found["high"] == pytest.approx(1.5 + 12.7062 / 2)
     with pytest.raises(ValueError, match="no value"):
         paired_difference({"a": 1.0}, {"b": 1.0})
 
