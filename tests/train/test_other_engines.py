@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import begun, losses, train, weights_hash
+from warm import Run
 
 
 @pytest.mark.slow
@@ -35,24 +36,31 @@ def test_other_engines_go_on_exactly_after_a_kill(tiny, tmp_path, stage, precisi
 @pytest.mark.parametrize(("stage", "first", "then"), [(2, 2, 1), (2, 1, 2), (3, 2, 1)])
 def test_goes_on_with_another_number_of_processes(tiny, tmp_path, stage, first, then) -> None:
     """The same data in the same steps; the sums over ranks are rounded in another order."""
-    # This tiny network makes much of little: rounding alone moves its loss by up to 0.6 %, on some CPUs.
-    given = [f"deepspeed=zero{stage}", "precision=fp32", "keep_checkpoints=9", "steps=4", "optim.lr=1e-5",
-             "optim.warmup_steps=1"]  # fmt: skip
-    done = train(tiny, tmp_path / "whole", *given, processes=first)
+    # Adam with its usual eps makes a whole step of a gradient that is nothing but rounding; with this one a step is all
+    # but proportional to the gradient.  And 64 channels would be normalised in groups of one or two, which multiplies
+    # the rounding by a million: with SSE on one side and AVX2 on the other, gradients differed by a third.
+    given = [f"deepspeed=zero{stage}", "precision=fp32", "keep_checkpoints=9", "steps=4", "optim.lr=1e-3",
+             "optim.eps=0.1", "optim.warmup_steps=1", "model.unet.block_out_channels=[128,256]"]  # fmt: skip
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    done = train(tiny, whole, *given, processes=first)
     assert done.returncode == 0, done.stderr[-3000:]
-    other = tmp_path / "other"
-    shutil.copytree(tmp_path / "whole" / "checkpoints" / "step_00000002", other / "checkpoints" / "step_00000002")
-    shutil.copytree(tmp_path / "whole" / "shards", other / "shards")
+    shutil.copytree(whole / "checkpoints" / "step_00000002", other / "checkpoints" / "step_00000002")
+    shutil.copytree(whole / "shards", other / "shards")
     done = train(tiny, other, *given, processes=then)
     assert done.returncode == 0 and "going on from" in done.stdout, done.stderr[-3000:]
     assert [step for step, _ in losses(other)] == [3, 4]
-    assert [value for _, value in losses(other)] == pytest.approx(
-        [v for _, v in losses(tmp_path / "whole")[2:]], rel=1e-2
+    assert [value for _, value in losses(other)] == pytest.approx([v for _, v in losses(whole)[2:]], rel=1e-4)
+    done = Run(["train/export.py", f"run={whole}", "step=2", f"out={tmp_path}/begun"], 1, tmp_path / "log-export")
+    assert done.wait().returncode == 0, done.stderr
+    begun_with, undisturbed, found = (
+        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        for folder in (tmp_path / "begun", whole / "export", other / "export")
     )
-    before, after = (
-        load_file(out / "export/unet/diffusion_pytorch_model.safetensors") for out in (tmp_path / "whole", other)
-    )
-    differences = torch.cat([(after[name] - tensor).abs().flatten() for name, tensor in before.items()])
-    # In parts of a step of Adam, which is lr long; where a gradient is all but zero, rounding decides its direction.
-    assert differences.median() < 1e-7 and (differences > 1e-6).float().mean() < 0.25
+
+    def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+        return float(torch.cat([(a[name] - b[name]).flatten() for name in a]).norm())
+
+    moved, apart = distance(undisturbed, begun_with), distance(found, undisturbed)
+    print(f"moved by {moved:.3g} since the checkpoint, {apart:.3g} apart")
+    assert 0 < moved and apart < 1e-2 * moved
     assert {p.name for p in (other / "checkpoints").iterdir()} == {f"step_0000000{n}" for n in (2, 4)}
