@@ -83,7 +83,8 @@ def refuse_unknown(cfg: DictConfig, schema: Any) -> None:
 
     def visit(node: Any, prefix: str) -> None:
         for key in node:
-            check(f"{prefix}{key}" in known, _unknown(f"{prefix}{key}", schema))
+            if f"{prefix}{key}" not in known:
+                raise ConfigError(_unknown(f"{prefix}{key}", schema))
             child = node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_none():
                 visit(child, f"{prefix}{key}.")

@@ -32,13 +32,17 @@ done
 read -ra container <<<"${CONTAINER:-}"
 python=("${container[@]}" "${PYTHON:-.venv/bin/python}")
 listed=$("${python[@]}" study/run.py "${words[@]}" ${variants:+"$variants"} list_variants=true) || exit # what is wrong is told here
-read -ra names <<<"$listed"
+declare -A begins_with=() number=()
+names=()
+while read -r name beginning; do
+  names+=("$name") begins_with[$name]=$beginning
+done <<<"$listed"
 
 submit() { # NAME WORD...
-  local number
-  number=$(sbatch --parsable --job-name="isotropic3d-study-$1" "${options[@]}" "${after[@]}" slurm/study.sbatch \
+  local submitted
+  submitted=$(sbatch --parsable --job-name="isotropic3d-study-$1" "${options[@]}" "${after[@]}" slurm/study.sbatch \
     "${words[@]}" "${@:2}")
-  echo "${number%%;*}" # on a federation, the cluster's name follows
+  echo "${submitted%%;*}" # on a federation, the cluster's name follows
 }
 jobs=()
 give_up() {
@@ -50,12 +54,13 @@ after=(--kill-on-invalid-dep=yes)
 first=$(submit "${names[0]}" "variants=[${names[0]}]" distil=0 tables=false) || give_up
 jobs+=("$first")
 echo "${names[0]}: job $first"
-after+=("--dependency=afterok:$first")
 others=''
 for name in "${names[@]:1}"; do
-  number=$(submit "$name" "variants=[$name]" distil=0 tables=false) || give_up
-  jobs+=("$number") others+=:$number
-  echo "$name: job $number after it"
+  beginning=${number[${begins_with[$name]}]:-$first} # the job that trains its stage 1, or what all need
+  after=(--kill-on-invalid-dep=yes "--dependency=afterok:$beginning")
+  number[$name]=$(submit "$name" "variants=[$name]" distil=0 tables=false) || give_up
+  jobs+=("${number[$name]}") others+=:${number[$name]}
+  echo "$name: job ${number[$name]} after job $beginning"
 done
 after=(--kill-on-invalid-dep=yes "--dependency=afterok:$first${others:+,afterany$others}")
 last=$(submit results ${variants:+"$variants"}) || give_up

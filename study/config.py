@@ -10,6 +10,14 @@ from typing import Any
 from conf.cli import check
 
 
+@dataclass(frozen=True)
+class Distillation:
+    name: str  # of its folders
+    model: str  # variant
+    stage: str
+    scale: float  # guidance
+
+
 @dataclass
 class StudyConfig:
     out: str = "runs/study"  # everything the study makes; relative paths are the repository's
@@ -21,6 +29,9 @@ class StudyConfig:
     image_size: int = 64  # that the models are trained at
     guidance: float = 1.0  # of the 2D samples, and of what is distilled from stage 1
     sample_steps: int = 2  # DDIM; few give the model's mean picture, which so small a model draws best
+    choose_share: float = (
+        0.2  # of the held-out objects: guidance and steps are chosen on them, and no table judges them
+    )
     # What the samples of variants that ask whether stage 2 helps are drawn with besides, in place of the value above.
     other_guidances: list[float] = field(default_factory=lambda: [1.5, 3.0, 6.0])
     other_sample_steps: list[int] = field(default_factory=lambda: [5, 10, 50])
@@ -32,7 +43,7 @@ class StudyConfig:
     jobs: int = 1  # variants at a time, each with that many processes and threads; what they say goes to out/jobs
     cpu: bool = True  # train on the CPU; false: one process a GPU
     tables: bool = True  # write RESULTS.md; false, for jobs: make the named variants alone, and not what they meet
-    list_variants: bool = False  # print the names of the chosen variants, and end
+    list_variants: bool = False  # print the names of the chosen variants and of those whose stage 1 they take, and end
     # More overrides for single steps, for instance stage1='["steps=4"]'.
     render: list[str] = field(default_factory=list)
     small: list[str] = field(default_factory=list)
@@ -50,6 +61,7 @@ class StudyConfig:
         wrong = [steps for steps in (self.sample_steps, *self.other_sample_steps) if steps < 1]
         check(not wrong, f"sample_steps and other_sample_steps must be at least 1, not {wrong}")
         check(self.limit >= 0 and self.distil >= 0, "limit and distil must not be negative")
+        check(0 <= self.choose_share < 1, f"choose_share={self.choose_share} must lie in [0, 1)")
         for name in ("processes", "threads", "image_size", "jobs"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         check(self.cpu or self.jobs == 1, "jobs share one machine's CPU; with GPUs, slurm/study.sh gives each its own")
@@ -60,11 +72,22 @@ class StudyConfig:
             (f"steps{one}", self.guidance, one) for one in self.other_sample_steps
         ]
 
-    def distillations(self, seed: int) -> list[tuple[str, str, float]]:
-        """(name, stage, guidance scale) of what is distilled from the models of `seed`."""
-        both = sorted({self.guidance, *self.guidance_scales})
-        scales = {"stage2": both, "stage1": [self.guidance]} if self.distil else {}
-        return [(f"{stage}-{seed}-{scale:g}", stage, scale) for stage, some in scales.items() for scale in some]
+    def distillations(self, seed: int) -> list[Distillation]:
+        """By both stages with every guidance scale, by stage 1 alone with the samples' one; so the longer training."""
+        from study.variants import BASE, LONGEST
+
+        found = []
+        for model in [BASE, LONGEST] if self.distils_longest() else [BASE] if self.distil else []:
+            before = f"{model}-" if model != BASE else ""
+            scales = sorted({self.guidance, *self.guidance_scales}) if model == BASE else [self.guidance]
+            found += [Distillation(f"{before}stage2-{seed}-{scale:g}", model, "stage2", scale) for scale in scales]
+            found.append(Distillation(f"{before}stage1-{seed}-{self.guidance:g}", model, "stage1", self.guidance))
+        return found
+
+    def distils_longest(self) -> bool:
+        from study.variants import LONGEST
+
+        return self.distil > 0 and (not self.variants or LONGEST in self.variants)
 
 
 def words_of(config: StudyConfig, without: tuple[str, ...] = ()) -> list[str]:

@@ -12,29 +12,32 @@ from pathlib import Path
 from data.processes import die_with_parent
 from demo.run import PYTHON, ROOT
 from study.config import StudyConfig, words_of
-from study.variants import BASE, Variant
+from study.variants import BASE, LONGEST, Variant, chosen
 
 
 @dataclass(frozen=True)
 class Job:
     name: str
     command: list[str]
-    after_base: bool = False  # it needs what the job of `both` makes
+    after: tuple[str, ...] = ()  # jobs whose results it needs
 
 
 def jobs_of(config: StudyConfig, variants: list[Variant]) -> list[Job]:
-    """`both` first; then what trains a stage 1 of its own, the meshes, and what goes on from the stage 1 of `both`."""
+    """`both` first; then what trains a stage 1 of its own, the meshes, and what goes on from the stage 1 of another."""
 
-    def command(variant: str, distil: int = 0) -> list[str]:
-        return [*PYTHON, "study/run.py", *words_of(replace(config, variants=[variant], distil=distil, tables=False,
+    def command(names: list[str], distil: int = 0) -> list[str]:
+        return [*PYTHON, "study/run.py", *words_of(replace(config, variants=names, distil=distil, tables=False,
                                                            jobs=1))]  # fmt: skip
 
-    others = [one for one in variants if one.name != BASE]
-    own = [Job(one.name, command(one.name)) for one in others if one.stage1 is not None]
-    following = [Job(one.name, command(one.name), after_base=True) for one in others if one.stage1 is None]
-    meshes = [Job("meshes", command(BASE, config.distil), after_base=True)] if config.distil else []
-    base = [Job(BASE, command(BASE))] if following or meshes or len(others) < len(variants) else []
-    return [*base, *own, *meshes, *following]
+    named = {one.name: one for one in variants}
+    following = [one for one in variants if one.stage1 is None]
+    if following or config.distil:
+        named = {BASE: chosen([BASE])[0]} | named
+    own = [Job(one.name, command([one.name])) for one in named.values() if one.stage1 is not None]
+    distilled = [BASE, *([LONGEST] if config.distils_longest() else [])]
+    meshes = [Job("meshes", command(distilled, config.distil), tuple(distilled))] if config.distil else []
+    return [*own, *meshes, *(Job(one.name, command([one.name]), (one.after,) if one.after in named else ())
+                             for one in following)]  # fmt: skip
 
 
 def started(job: Job, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -46,16 +49,18 @@ def started(job: Job, log: Path, environment: dict[str, str]) -> subprocess.Pope
 def work_off(jobs: list[Job], at_once: int, out: Path) -> None:
     """Runs so many of the jobs at a time; what they say goes to out/jobs/<name>.log.
 
-    One that fails costs itself alone (`both`, those after it): it is named, and whoever calls runs what is missing.
+    One that fails costs itself and those after it: it is named, and whoever calls runs what is missing.
     """
     (out / "jobs").mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // at_once, 1))}
     waiting = list(jobs)
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
-    base_done = False
+    done = set[str]()
     try:
         while waiting or running:
-            ready = [job for job in waiting if base_done or not job.after_base]
+            # A loop without an end, otherwise: nobody makes what they wait for.
+            assert running or any(done.issuperset(job.after) for job in waiting), [job.name for job in waiting]
+            ready = [job for job in waiting if done.issuperset(job.after)]
             for job in ready[: at_once - len(running)]:
                 log = out / "jobs" / f"{job.name}.log"
                 running[job.name] = started(job, log, environment), time.monotonic()
@@ -68,9 +73,10 @@ def work_off(jobs: list[Job], at_once: int, out: Path) -> None:
                 print(f"job {name}: ended with status {status} after {time.monotonic() - began:.0f} s; "
                       f"{len(running)} at work, {len(waiting)} waiting",
                       file=sys.stderr if status else sys.stdout, flush=True)  # fmt: skip
-                base_done |= name == BASE and status == 0
-                if name == BASE and status:
-                    waiting = [job for job in waiting if not job.after_base]
+                if status == 0:
+                    done.add(name)
+                else:
+                    waiting = [job for job in waiting if name not in job.after]
     finally:
         for process, _ in running.values():
             process.terminate()

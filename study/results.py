@@ -19,7 +19,8 @@ from distill import report
 from distill.evaluation.summary import by_azimuth, interval, paired_difference, share_interval, spread
 from study.config import StudyConfig, words_of
 from study.figure import differences, figure
-from study.variants import BASE, BASELINES, NOISE, STAGES, TWIN, Variant, without_twins
+from study.held_out import TWIN, parted, without_twins
+from study.variants import BASE, BASELINES, DRAWN_ALL_WAYS, LONGEST, NOISE, Variant, chosen
 
 CAVEAT = (
     "A small-scale study without pretrained weights: a model of {millions:.1f} million parameters, trained from "
@@ -29,19 +30,23 @@ CAVEAT = (
 )
 
 
-def objects_of(out: Path, names: list[str]) -> dict[str, dict[str, float]]:
+def objects_of(out: Path, names: list[str], share: float, choosing: bool = False) -> dict[str, dict[str, float]]:
     """By uid, the mean of each figure over `names`, the folders of the seeds.
 
-    Objects with a twin among those trained on are left out.
+    Objects that are judged; or those that settings are chosen on, `share` of all.
     """
     runs: list[Any] = [read_json(out / "samples" / name / "samples.json", "samples")["objects"] for name in names]
     keys = ("psnr", "ssim", "identified", *BASELINES, *(f"{name}_identified" for name in BASELINES))
-    known = without_twins(runs[0])
+    known = parted(runs[0], share)[choosing]
     return {uid: {key: float(np.mean([run[uid][key] for run in runs])) for key in keys} for uid in sorted(known)}
 
 
 def told_of_both(out: Path, seeds: list[int]) -> Any:
     return read_json(out / "samples" / f"{BASE}-{seeds[0]}" / "samples.json", "samples")
+
+
+def what_of(name: str) -> str:
+    return chosen([name], with_base=False)[0].what
 
 
 def twins_of(out: Path, seeds: list[int]) -> list[str]:
@@ -82,13 +87,15 @@ def of_variants(
     found: dict[str, dict[str, dict[str, float]]], variants: list[Variant], config: StudyConfig
 ) -> dict[str, str]:
     """By question, a table of its variants against `both`, with what makes each row again."""
-    base = column(found[BASE], "psnr")
+    psnr = {name: column(objects, "psnr") for name, objects in found.items()}
     rows: dict[str, list[list[str]]] = defaultdict(list)
     for variant in variants:
         mine = found[variant.name]
-        difference = "" if variant.name == BASE else gain(column(mine, "psnr"), base)
+        difference = "" if variant.name == BASE else gain(psnr[variant.name], psnr[BASE])
+        if variant.after != BASE and variant.after in psnr:
+            difference += f"; against {what_of(variant.after)}: {gain(psnr[variant.name], psnr[variant.after])}"
         rows[variant.question].append([
-            variant.what, cell(column(mine, "psnr")), difference, cell(column(mine, "ssim"), 3),
+            variant.what, cell(psnr[variant.name]), difference, cell(column(mine, "ssim"), 3),
             share(column(mine, "identified")),
             f"`{command_of(replace(config, variants=[variant.name], distil=0))}`",
         ])  # fmt: skip
@@ -98,20 +105,34 @@ def of_variants(
 
 
 def of_samplings(out: Path, config: StudyConfig, variants: list[Variant]) -> str:
-    """Each model's samples by guidance and steps, against those of both stages drawn the same."""
-    compared = [one for one in variants if one.question == STAGES]
-    rows = []
+    """Each model's samples by guidance and steps, against what it is compared with, drawn the same; and which of these
+    settings the objects for choosing are drawn best with."""
+    compared = [one for one in variants if one.question in DRAWN_ALL_WAYS]
+    rows, choice = [], {}
     for name, guidance, steps in [("", config.guidance, config.sample_steps), *config.samplings()]:
         tail = f"-{name}" if name else ""
-        found = {one.name: objects_of(out, [f"{one.name}-{seed}{tail}" for seed in config.seeds]) for one in compared}
+        folders = {one.name: [f"{one.name}-{seed}{tail}" for seed in config.seeds] for one in compared}
+        found = {name: objects_of(out, some, config.choose_share) for name, some in folders.items()}
+        choosing = {name: objects_of(out, some, config.choose_share, True) for name, some in folders.items()}
         for one in compared:
-            mine = found[one.name]
+            mine, base = found[one.name], found.get(one.after)
             rows.append([
-                f"{guidance:g}", str(steps), one.what, cell(column(mine, "psnr")),
-                "" if one.name == BASE else gain(column(mine, "psnr"), column(found[BASE], "psnr")),
+                f"{guidance:g}", str(steps), one.what, *([cell(column(choosing[one.name], "psnr"))] if choosing[BASE]
+                                                         else []), cell(column(mine, "psnr")),
+                "" if one.stage1 is not None or not base else gain(column(mine, "psnr"), column(base, "psnr")),
                 cell(column(mine, "ssim"), 3), share(column(mine, "identified")),
             ])  # fmt: skip
-    return table(["guidance", "DDIM steps", "model", "PSNR, dB", "against both stages", "SSIM", "identified"], rows)
+        if choosing[BASE]:
+            choice[guidance, steps] = np.mean([list(column(each, "psnr").values()) for each in choosing.values()])
+    many = [f"PSNR of {len(choosing[BASE])} objects for choosing, dB"] if choice else []
+    text = table(["guidance", "DDIM steps", "model", *many, "PSNR, dB", "against both stages of as many training steps",
+                  "SSIM", "identified"], rows)  # fmt: skip
+    if choice:
+        guidance, steps = max(choice, key=lambda setting: choice[setting])
+        used = "as all other tables have it" if (guidance, steps) == (config.guidance, config.sample_steps) else (
+            f"but all other tables have guidance {config.guidance:g} and {config.sample_steps} steps")  # fmt: skip
+        text += f"\n\nThe objects for choosing are drawn best with guidance {guidance:g} and {steps} steps, {used}."
+    return text
 
 
 def of_baselines(objects: dict[str, dict[str, float]]) -> str:
@@ -179,7 +200,7 @@ def stages_compared(runs: dict[str, Any]) -> list[str]:
     found = []
     for name, judged in runs.items():
         other = runs.get(name.replace("stage2", "stage1"))
-        if name.startswith("stage2") and other and judged["mesh"].keys() & other["mesh"].keys():
+        if "stage2" in name and other and judged["mesh"].keys() & other["mesh"].keys():
             both = judged["mesh"].keys() & other["mesh"].keys()
             better = gain(column(judged["mesh"], "psnr"), column(other["mesh"], "psnr"))
             found.append(f"Meshes of {name} are better than those of stage 1 alone by {better} dB, on {len(both)} "
@@ -187,17 +208,17 @@ def stages_compared(runs: dict[str, Any]) -> list[str]:
     return found
 
 
-def azimuths(out: Path, variants: list[Variant], seeds: list[int]) -> dict[str, list[list[tuple[float, float]]]]:
+def azimuths(out: Path, variants: list[Variant], config: StudyConfig) -> dict[str, list[list[tuple[float, float]]]]:
     """Of each variant, and of what needs no model: each object's views as (azimuth from the reference, dB)."""
-    found = {one.what: sides_of(out, one.name, seeds, "by_view") for one in variants}
-    return found | {words: sides_of(out, BASE, seeds, f"{key}_by_view") for key, words in BASELINES.items()}
+    found = {one.what: sides_of(out, one.name, config, "by_view") for one in variants}
+    return found | {words: sides_of(out, BASE, config, f"{key}_by_view") for key, words in BASELINES.items()}
 
 
-def sides_of(out: Path, name: str, seeds: list[int], key: str) -> list[list[tuple[float, float]]]:
+def sides_of(out: Path, name: str, config: StudyConfig, key: str) -> list[list[tuple[float, float]]]:
     objects: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for seed in seeds:
+    for seed in config.seeds:
         told: Any = read_json(out / "samples" / f"{name}-{seed}" / "samples.json", "samples")
-        for uid, values in without_twins(told["objects"]).items():
+        for uid, values in parted(told["objects"], config.choose_share)[0].items():
             objects[uid] += zip(values["azimuth_deg"], values[key], strict=True)
     return list(objects.values())
 
@@ -239,14 +260,15 @@ def write_results(
     out: Path, config: StudyConfig, variants: list[Variant], failed: dict[str, str], steps: list[str], notes: list[str]
 ) -> Path:
     """failed: why others have no row, by name; steps: what all this was made by; notes: on the objects."""
-    found = {one.name: objects_of(out, [f"{one.name}-{seed}" for seed in config.seeds]) for one in variants}
-    sides = azimuths(out, variants, config.seeds)
+    found = {one.name: objects_of(out, [f"{one.name}-{seed}" for seed in config.seeds], config.choose_share)
+             for one in variants}  # fmt: skip
+    sides = azimuths(out, variants, config)
     tables = of_variants(found, variants, config) | {"Against what needs no model": of_baselines(found[BASE])}
     tables["Which guidance and how many steps of the 2D samples?"] = of_samplings(out, config, variants)
     tables["Which objects?"] = by_kind(out, found[BASE])
     tables["Is it as good from all sides?"] = of_sides(sides)
     tables = {title: body for title, body in tables.items() if body.count("\n") > 1}  # of few objects some say nothing
-    asked = [name for seed in config.seeds for name, _, _ in config.distillations(seed)]
+    asked = [one.name for seed in config.seeds for one in config.distillations(seed)]
     distilled = [name for name in asked if f"judge_{name}" in steps]
     meshes = of_meshes(out, distilled, config.seeds)
     if meshes:
@@ -258,12 +280,14 @@ def write_results(
     trained = len(list((out / "views_train").glob("*/meta.json")))
     millions = told_of_both(out, config.seeds)["parameters"] / 1e6
     caveat = CAVEAT.format(size=config.image_size, objects=trained, millions=millions)
-    twins = twins_of(out, config.seeds)
-    held_out = f"{len(found[BASE])} held out"
+    twins, objects = twins_of(out, config.seeds), told_of_both(out, config.seeds)["objects"]
+    choosing = len(objects) - len(twins) - len(found[BASE])
+    held_out = f"{len(found[BASE])} held out and judged"
+    if choosing:
+        held_out += f", {choosing} more held out to choose guidance and steps on"
     if twins:
-        held_out += (
-            f" ({len(twins)} more left out, whose nearest by embedding is within {TWIN:g} dB: {', '.join(twins)})"
-        )
+        held_out += f" ({len(twins)} left out, whose nearest by embedding is within {TWIN:g} dB: {', '.join(twins)})"
+    held_out += f"; an object is identified among all {len(objects)} held-out ones"
     noise = f', see "{NOISE}"' if any(variant.question == NOISE for variant in variants) else ""
     facts = (f"{datetime.date.today()}, {device_of(config)}; {minutes_of(out, steps)}.  {trained} objects trained on, "
              f"{held_out}, seeds {config.seeds}; {config.sample_steps} DDIM steps, guidance {config.guidance:g}. "
@@ -279,7 +303,8 @@ def write_results(
         temporary.write_text("\n".join(parts))
     write_page(out, caveat, facts, sides, found[BASE], config.seeds[0], distilled if meshes else [])
     if meshes:
-        write_figure(out, distilled[0], len(found[BASE]))
+        longest = [name for name in distilled if name.startswith(LONGEST)]
+        write_figure(out, [*longest, *distilled][0], len(found[BASE]))
     return out / "RESULTS.md"
 
 

@@ -16,6 +16,9 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from conf.cli import run
 from data.assets import list_assets
@@ -23,9 +26,10 @@ from data.files import UserError, require_writable, write_json
 from data.processes import locked
 from demo.objects import NotFetched, fetch_library
 from demo.run import ACCELERATE, PYTHON, ROOT, Step, run_step
-from study.config import StudyConfig
+from study.config import Distillation, StudyConfig
+from study.held_out import parted
 from study.jobs import jobs_of, work_off
-from study.variants import BASE, BASELINES, STAGES, Variant, chosen, without_twins
+from study.variants import BASE, BASELINES, DRAWN_ALL_WAYS, Variant, beginning_of, chosen
 
 # Two samples a pixel: at 64 px each pixel is the mean of 16.  With eight, 80 views took 69 s of CPU and not 30.
 RENDER = [
@@ -165,17 +169,29 @@ def train(plan: Plan, variant: Variant, seed: int) -> str:
         f"data.shards={out}/{latents}", f"model.autoencoder.weights={out}/{parts}/vae",
         f"model.image_encoder.weights={out}/{parts}/image_encoder",
     ]  # fmt: skip
-    first = f"{BASE if variant.stage1 is None else variant.name}-{seed}-stage1"
+    beginning = beginning_of(variant)
+    first = f"{beginning.name}-{seed}-stage1"
     if first not in plan.marks:
-        words = [*common, f"out={out}/{first}", *config.stage1, *variant.words(variant.stage1 or (), seed)]
+        words = [*common, f"out={out}/{first}", *config.stage1, *beginning.words(beginning.stage1 or (), seed),
+                 *more_steps("stage1", config.stage1, beginning.times)]  # fmt: skip
         plan.run(first, [*launch, "train/stage1.py", *words], first, latents)
     if variant.stage2 is None:
         return first
     second = f"{variant.name}-{seed}-stage2"
     words = [*common, f"out={out}/{second}", f"init_from={out}/{first}/export", *config.stage2,
-             *variant.words(variant.stage2, seed)]  # fmt: skip
+             *variant.words(variant.stage2, seed),
+             *more_steps("stage2", config.stage2, variant.times)]  # fmt: skip
     plan.run(second, [*launch, "train/stage2.py", *words], second, first)
     return second
+
+
+def more_steps(stage: str, words: list[str], times: int) -> list[str]:
+    """The override that trains so many times as long as `words` or the small world's values say."""
+    if times == 1:
+        return []
+    usual: Any = OmegaConf.load(ROOT / "conf/train/experiment" / stage / "small_world.yaml")
+    steps = [word.removeprefix("steps=") for word in words if word.startswith("steps=")] or [usual.steps]
+    return [f"steps={times * int(steps[-1])}"]
 
 
 def judge(plan: Plan, name: str, trained: str, guidance: float, steps: int) -> None:
@@ -217,23 +233,27 @@ def distil(plan: Plan, seed: int) -> dict[str, str]:
     """
     config, out = plan.config, plan.out
     told = json.loads((out / "samples" / f"{BASE}-{config.seeds[0]}" / "samples.json").read_text())["objects"]
+    told, _ = parted(told, config.choose_share)
     # By what the model adds: thin objects are nearly white, and near to every white picture.
-    ranked = sorted(without_twins(told), key=lambda uid: max(told[uid][name] for name in BASELINES) - told[uid]["psnr"])
+    ranked = sorted(told, key=lambda uid: max(told[uid][name] for name in BASELINES) - told[uid]["psnr"])
     count = min(config.distil, len(ranked))
     uids = [ranked[round(i * (len(ranked) - 1) / max(count - 1, 1))] for i in range(count)]
     write_json(out / "distilled.json", uids)
     failed = {}
-    for name, stage, scale in config.distillations(seed):
+    for one in config.distillations(seed):
+        export = f"{one.model}-{seed}-{one.stage}"
+        if export not in plan.marks:
+            continue  # its training failed, and has been told
         try:
-            distil_and_judge(plan, seed, uids, name, f"{BASE}-{seed}-{stage}", scale)
+            distil_and_judge(plan, seed, uids, one, export)
         except UserError as error:
-            print(f"error: meshes of {name}: {error}", file=sys.stderr, flush=True)
-            failed[f"meshes of {name}"] = str(error)
+            print(f"error: meshes of {one.name}: {error}", file=sys.stderr, flush=True)
+            failed[f"meshes of {one.name}"] = str(error)
     return failed
 
 
-def distil_and_judge(plan: Plan, seed: int, uids: list[str], name: str, export: str, scale: float) -> None:
-    config, out = plan.config, plan.out
+def distil_and_judge(plan: Plan, seed: int, uids: list[str], distillation: Distillation, export: str) -> None:
+    config, out, name = plan.config, plan.out, distillation.name
     one = f"/{uids[0]}" if len(uids) == 1 else ""  # a single picture's mesh goes into out= itself
     pictures = [str(out / "samples" / f"{BASE}-{seed}" / "references" / f"{uid}.png") for uid in uids]
     folder = f"meshes/{name}"
@@ -243,7 +263,7 @@ def distil_and_judge(plan: Plan, seed: int, uids: list[str], name: str, export: 
         "experiment=demo",
         f"checkpoint={out}/{export}/export",
         f"out={out}/{folder}{one}",
-        f"guidance.scale={scale}",
+        f"guidance.scale={distillation.scale}",
         *config.generate,
         *pictures,
     ]
@@ -256,15 +276,17 @@ def distil_and_judge(plan: Plan, seed: int, uids: list[str], name: str, export: 
     plan.run(f"evaluate_{name}", command, f"evaluations/{name}", f"meshes_{name}")
     command = [*PYTHON, "-m", "study.meshes", f"{out}/{folder}", f"{out}/views_val", f"{out}/judged/{name}",
                "--size", str(config.image_size), "--nearest", f"{out}/views_nearest",
-               "--samples", f"{out}/samples/{BASE}-{seed}"]  # fmt: skip
-    plan.run(f"judge_{name}", command, f"judged/{name}", f"meshes_{name}", "render_nearest")
+               "--samples", f"{out}/samples/{distillation.model}-{seed}"]  # fmt: skip
+    plan.run(f"judge_{name}", command, f"judged/{name}", f"meshes_{name}", "render_nearest",
+             f"samples_{distillation.model}-{seed}")  # fmt: skip
 
 
 def main(config: StudyConfig) -> None:
     os.chdir(ROOT)
     variants = chosen(config.variants, with_base=config.tables or config.distil > 0)
     if config.list_variants:
-        print(*(variant.name for variant in variants))
+        for variant in variants:
+            print(variant.name, beginning_of(variant).name)
         return
     require_writable(Path(config.out), needed_mb=4096)
     try:
@@ -307,7 +329,7 @@ def train_and_judge(plan: Plan, variant: Variant, seed: int) -> None:
     config = plan.config
     trained = train(plan, variant, seed)
     judge(plan, f"{variant.name}-{seed}", trained, config.guidance, config.sample_steps)
-    for name, guidance, steps in config.samplings() if variant.question == STAGES else ():
+    for name, guidance, steps in config.samplings() if variant.question in DRAWN_ALL_WAYS else ():
         judge(plan, f"{variant.name}-{seed}-{name}", trained, guidance, steps)
 
 

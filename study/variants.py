@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 # What needs no model; keys of samples.json.
 BASELINES = {"white": "white picture", "mean_object": "mean of the held-out objects, itself among them",
              "nearest_trained": "nearest object trained on"}  # fmt: skip
-# In dB of the nearest object trained on: a held-out object that reaches it was trained on, under another uid.
-TWIN = 30.0
 BASE = "both"  # the method as it is: stage 1, then stage 2 with the default attention
+LONGEST = "longer"  # the same, with more steps
 
 
 @dataclass(frozen=True)
@@ -18,11 +16,13 @@ class Variant:
     name: str
     question: str  # heading of its table
     what: str  # its row
-    stage1: tuple[str, ...] | None = None  # overrides; None: the stage 1 of `both`
+    stage1: tuple[str, ...] | None = None  # overrides; None: the stage 1 of `after`
     stage2: tuple[str, ...] | None = ()  # None: stage 1's export is judged
     parts: tuple[str, ...] = field(default=())  # of models/small.py, where it has an autoencoder or encoder of its own
     image_size: int | None = None  # where it is not the study's
     share: float = 1.0  # of the training objects
+    times: int = 1  # the steps of both stages
+    after: str = BASE  # what it is compared with, and whose stage 1 it goes on from where it has none of its own
 
     @staticmethod
     def words(given: tuple[str, ...], seed: int) -> list[str]:
@@ -32,7 +32,9 @@ class Variant:
 
 NOISE = "How much does another training differ?"
 STAGES, EMA = "Stage 1 alone or both stages?", "Which Explicit Multi-view Attention?"
-EMBEDDING, AMOUNT, RESOLUTION = "Which embedding?", "How many objects?", "Which resolution?"
+LONGER, EMBEDDING, AMOUNT = "How much training?", "Which embedding?", "How many objects?"
+RESOLUTION = "Which resolution?"
+DRAWN_ALL_WAYS = (STAGES, LONGER)  # with each guidance and number of steps, not with those chosen alone
 
 VARIANTS = (
     Variant(BASE, STAGES, "both stages", stage1=()),
@@ -40,6 +42,11 @@ VARIANTS = (
     # Stage 2's steps, schedule and shares of multi-view training, and nothing of its attention to a reference.
     Variant("no_reference", STAGES, "as many steps, without a reference",
             stage2=("objective.reference_probability=0",)),
+    # The same three once more, of a model that was given more time.
+    Variant(LONGEST, LONGER, "five times the steps", stage1=(), times=5),
+    Variant("longer_stage1", LONGER, "five times the steps, stage 1 alone", stage2=None, times=5, after=LONGEST),
+    Variant("longer_no_reference", LONGER, "five times the steps, without a reference",
+            stage2=("objective.reference_probability=0",), times=5, after=LONGEST),
     # What no other row's difference can be told from.
     Variant("other_seed", NOISE, "both stages with another seed", stage1=("seed={other_seed}",),
             stage2=("seed={other_seed}",)),
@@ -67,10 +74,13 @@ VARIANTS = (
 
 
 def chosen(names: list[str], with_base: bool = True) -> list[Variant]:
-    """Those of `names`, or all; and `both`, which all are compared with."""
-    return [one for one in VARIANTS if not names or one.name in names or (with_base and one.name == BASE)]
+    """Those of `names`, or all; and what they are compared with."""
+    wanted = {one.name for one in VARIANTS if not names or one.name in names}
+    if with_base:
+        wanted |= {BASE} | {one.after for one in VARIANTS if one.name in wanted}
+    return [one for one in VARIANTS if one.name in wanted]
 
 
-def without_twins(objects: dict[str, Any]) -> dict[str, Any]:
-    """Those of samples.json's objects that no object trained on looks like."""
-    return {uid: values for uid, values in objects.items() if values["nearest_trained"] < TWIN}
+def beginning_of(variant: Variant) -> Variant:
+    """Whose stage 1 it begins with: its own, or that of another."""
+    return variant if variant.stage1 is not None else chosen([variant.after], with_base=False)[0]

@@ -7,6 +7,7 @@ itself, and their losses are compared with those of runs from here.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -22,6 +23,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# What DeepSpeed and W&B import after their start, which takes as long as a small training.
+LATE = (
+    "deepspeed.module_inject", "deepspeed.runtime.zero.muon.muon_optimizer", "pandas",
+    "opentelemetry.exporter.otlp.proto.http._log_exporter", "opentelemetry.exporter.otlp.proto.http.metric_exporter",
+    "wandb.sdk.launch.inputs.internal",
+)  # fmt: skip
 
 
 def rank_environment(rank: int, world: int, nodes: int, port: int) -> dict[str, str]:
@@ -65,8 +72,8 @@ def serve() -> None:
     # The PATH that training has: another ninja would compile DeepSpeed's op again, and the next run once more.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PATH": path}
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  which its engine imports late, and torch's inductor with it
-    import wandb  # noqa: F401
+    for name in LATE:
+        importlib.import_module(name)
     from deepspeed.comm.torch import build_shm_op
 
     import distill.sds  # noqa: F401

@@ -43,7 +43,7 @@ def test_jobs_share_a_study_and_a_later_call_finds_all_done(cluster: Cluster, tm
     assert "both-0-stage2: done already" in last and "samples_stage1-0: done already" in last
     assert re.search(r"distil_stage2-0-1: \d+ s", last)
     told = (tmp_path / "study" / "RESULTS.md").read_text()
-    assert "2 objects trained on, 2 held out" in told and told.count("*A small-scale study") >= 5
+    assert "2 objects trained on, 2 held out and judged" in told and told.count("*A small-scale study") >= 5
     assert "| stage 1 alone |" in told
     assert "nearest object trained on" in told and "| stage2-0-1 | 1 of 1 |" in told
     page = (tmp_path / "study" / "results.html").read_text()

@@ -31,8 +31,8 @@ sys.exit(int(sys.argv[3]))
 """
 
 
-def job(folder: Path, name: str, seconds: float = 0.3, status: int = 0, after_base: bool = False) -> Job:
-    return Job(name, [sys.executable, "-c", SCRIPT, str(folder / name), str(seconds), str(status)], after_base)
+def job(folder: Path, name: str, seconds: float = 0.3, status: int = 0, after: tuple[str, ...] = ()) -> Job:
+    return Job(name, [sys.executable, "-c", SCRIPT, str(folder / name), str(seconds), str(status)], after)
 
 
 def times(folder: Path, name: str) -> tuple[float, float]:
@@ -42,7 +42,7 @@ def times(folder: Path, name: str) -> tuple[float, float]:
 
 def test_so_many_at_a_time_and_what_needs_both_after_it(tmp_path: Path) -> None:
     names = [f"own{n}" for n in range(4)]
-    work_off([job(tmp_path, "after", after_base=True), job(tmp_path, BASE, 1.5), *(job(tmp_path, n) for n in names)], 2,
+    work_off([job(tmp_path, "after", after=(BASE,)), job(tmp_path, BASE, 1.5), *(job(tmp_path, n) for n in names)], 2,
              tmp_path)  # fmt: skip
     spans = {name: times(tmp_path, name) for name in (BASE, "after", *names)}
     assert spans["after"][0] >= spans[BASE][1]
@@ -55,11 +55,9 @@ def test_so_many_at_a_time_and_what_needs_both_after_it(tmp_path: Path) -> None:
 def test_a_job_that_fails_costs_itself_alone_and_both_those_after_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    work_off([job(tmp_path, BASE), job(tmp_path, "bad", status=3), job(tmp_path, "good", after_base=True)], 1, tmp_path)
+    work_off([job(tmp_path, BASE), job(tmp_path, "bad", status=3), job(tmp_path, "good", after=(BASE,))], 1, tmp_path)
     assert "job bad: ended with status 3" in capsys.readouterr().err and (tmp_path / "good.json").is_file()
-    work_off(
-        [job(tmp_path, BASE, status=1), job(tmp_path, "own"), job(tmp_path, "never", after_base=True)], 1, tmp_path
-    )
+    work_off([job(tmp_path, BASE, status=1), job(tmp_path, "own"), job(tmp_path, "never", after=(BASE,))], 1, tmp_path)
     assert (tmp_path / "own.json").is_file() and not (tmp_path / "never.pid").exists()
 
 
@@ -87,10 +85,11 @@ work_off([Job("both", command)], 1, Path({str(tmp_path)!r}))
 
 
 def test_each_job_is_a_command_of_its_own() -> None:
-    config = StudyConfig(jobs=2, distil=3, seeds=[1, 2], stage1=["steps=4", "name='a b'"], processes=1)
-    jobs = jobs_of(config, chosen(["stage1", "width16", "finest"]))
-    assert [(one.name, one.after_base) for one in jobs] == [
-        (BASE, False), ("width16", False), ("meshes", True), ("stage1", True), ("finest", True),
+    config = StudyConfig(jobs=2, distil=3, seeds=[1, 2], stage1=["steps=4", "name='a b'"], processes=1,
+                         variants=["stage1", "width16", "finest"])  # fmt: skip
+    jobs = jobs_of(config, chosen(config.variants))
+    assert [(one.name, one.after) for one in jobs] == [
+        (BASE, ()), ("width16", ()), ("meshes", (BASE,)), ("stage1", (BASE,)), ("finest", (BASE,)),
     ]  # fmt: skip
     for one in jobs:
         assert one.command[1] == "study/run.py" and "tables=false" in one.command
@@ -100,8 +99,15 @@ def test_each_job_is_a_command_of_its_own() -> None:
     assert named["meshes"] == [f"variants=[{BASE}]"] and named["width16"] == ["variants=[width16]"]
     alone = jobs_of(StudyConfig(jobs=2, distil=0, tables=False), chosen(["width16"], with_base=False))
     assert [one.name for one in alone] == ["width16"]
-    everything = jobs_of(StudyConfig(jobs=2, distil=0), list(VARIANTS))
-    assert sorted(one.name for one in everything) == sorted(one.name for one in VARIANTS)
+    longest = jobs_of(StudyConfig(jobs=2, distil=1, variants=["longer_stage1"]), chosen(["longer_stage1"]))
+    assert [(one.name, one.after) for one in longest] == [
+        (BASE, ()), ("longer", ()), ("meshes", (BASE,)), ("longer_stage1", ("longer",)),
+    ]  # fmt: skip
+    everything = jobs_of(StudyConfig(jobs=2), list(VARIANTS))
+    assert sorted(one.name for one in everything) == sorted(["meshes", *(one.name for one in VARIANTS)])
+    assert {one.name: one.after for one in everything}["meshes"] == (BASE, "longer")
+    known = {one.name for one in everything}
+    assert all(known.issuperset(one.after) for one in everything), "nobody waits for what nobody makes"
 
 
 @pytest.mark.parametrize("tables", [False, True])

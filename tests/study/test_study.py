@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from conf.cli import ConfigError
@@ -15,7 +16,8 @@ from data.files import UserError
 from data.selection import split_of
 from demo.proof import Truth
 from study import figure, meshes, results, run, subset
-from study.config import StudyConfig
+from study.config import Distillation, StudyConfig
+from study.held_out import parted
 from study.samples import judged, resized
 from study.variants import BASE, BASELINES, VARIANTS, Variant, chosen
 
@@ -92,7 +94,8 @@ def test_meshes_of_both_stages_are_compared_on_the_same_objects(tmp_path: Path) 
         (tmp_path / "evaluations" / name / "evaluation.json").write_text(json.dumps({"means": means}))
     (tmp_path / "judged" / "of-another-call").mkdir()
     (tmp_path / "distilled.json").write_text(json.dumps(["object0", "object1", "object2"]))  # the last has no mesh
-    names = [name for name, _, _ in StudyConfig(guidance=1.5, guidance_scales=[1.5, 3.0]).distillations(0)]
+    config = StudyConfig(guidance=1.5, guidance_scales=[1.5, 3.0], variants=[BASE])
+    names = [one.name for one in config.distillations(0)]
     words = results.of_meshes(tmp_path, names, [0])
     assert words is not None and "| stage2-0-1.5 | 2 of 3 | 17.25 [-11.34, 45.84] |" in words
     assert (
@@ -159,13 +162,13 @@ def test_tables_compare_the_same_objects(tmp_path: Path) -> None:
     base, other = (Variant(name, "Which?", name, stage1=()) for name in (BASE, "always"))
     samples(tmp_path, BASE, [20.0, 22.0, 30.0])
     samples(tmp_path, "always", [21.0, 23.0, 31.0])
-    found = {one.name: results.objects_of(tmp_path, [f"{one.name}-0"]) for one in (base, other)}
+    found = {one.name: results.objects_of(tmp_path, [f"{one.name}-0"], 0) for one in (base, other)}
     (rows,) = results.of_variants(found, [base, other], StudyConfig(sample_steps=7)).values()
     assert "| always | 25.00 [11.86, 38.14] | +1.00 [+1.00, +1.00] |" in rows  # every object by one
     assert "0.67 [0.21, 0.94]" in rows  # two of three identified
     assert "`python study/run.py 'variants=[always]' sample_steps=7 distil=0`" in rows
     assert "+9.00" in results.of_baselines(found[BASE])
-    sides = results.azimuths(tmp_path, [base], [0])
+    sides = results.azimuths(tmp_path, [base], StudyConfig())
     assert sides[BASE][2] == [(0.0, 29.0), (180.0, 31.0)] and sides["white picture"][0] == [(0.0, 10.0), (180.0, 14.0)]
     assert results.of_sides(sides).count("\n") == 1, "two sides of three objects tell nothing"
 
@@ -182,6 +185,46 @@ def test_other_samplings_of_the_same_model(tmp_path: Path) -> None:
     assert rows.count("stage 1 alone") == 3 and "always" not in rows
 
 
+def test_settings_are_chosen_on_objects_that_are_not_judged(tmp_path: Path) -> None:
+    """Ten objects, two of which are for choosing; drawn with guidance 3, these are better and the others worse."""
+    same = {f"object{n}": {"nearest_trained": 15.0} for n in range(10)}
+    same["twin"] = {"nearest_trained": 40.0}
+    judged_ones, choosing = parted(same, 0.2)
+    assert (
+        len(judged_ones) == 8 and len(choosing) == 2 and judged_ones.keys() | choosing.keys() == same.keys() - {"twin"}
+    )
+    assert parted(dict(reversed(same.items())), 0.2)[1].keys() == choosing.keys(), "whatever their order"
+    assert parted({uid: same[uid] for uid in list(same)[:4]}, 0.2)[1] == {}, "of four, all are judged"
+    config = StudyConfig(other_guidances=[3.0], other_sample_steps=[])
+    samples(tmp_path, BASE, [20.0] * 10)
+    samples(tmp_path, f"{BASE}-0-guidance3", [25.0 if f"object{n}" in choosing else 18.0 for n in range(10)], seed="")
+    told = results.of_samplings(tmp_path, config, chosen([BASE]))
+    assert "| 1 | 2 | both stages | 20.00 [20.00, 20.00] | 20.00 [20.00, 20.00] |" in told
+    assert "| 3 | 2 | both stages | 25.00 [25.00, 25.00] | 18.00 [18.00, 18.00] |" in told
+    assert "drawn best with guidance 3 and 2 steps, but all other tables have guidance 1 and 2 steps." in told
+    assert results.objects_of(tmp_path, [f"{BASE}-0"], 0.2).keys() == judged_ones.keys()
+    views = results.azimuths(tmp_path, [chosen([BASE])[0]], config)["both stages"]
+    assert len(views) == 8
+
+
+def test_more_training_is_told_against_both_and_against_its_own_kind(tmp_path: Path) -> None:
+    variants = chosen(["longer_stage1"])
+    assert [one.name for one in variants] == [BASE, "longer", "longer_stage1"], "what it is compared with comes along"
+    for name, psnr in ((BASE, [20.0, 22.0]), ("longer", [23.0, 25.0]), ("longer_stage1", [22.0, 24.0])):
+        samples(tmp_path, name, psnr)
+    found = {one.name: results.objects_of(tmp_path, [f"{one.name}-0"], 0) for one in variants}
+    rows = results.of_variants(found, variants, StudyConfig())["How much training?"]
+    assert "| five times the steps | 24.00 [11.29, 36.71] | +3.00 [+3.00, +3.00] |" in rows
+    assert "+2.00 [+2.00, +2.00]; against five times the steps: -1.00 [-1.00, -1.00] |" in rows
+
+
+def test_steps_are_multiplied_from_where_they_are_given() -> None:
+    assert run.more_steps("stage1", [], 1) == []
+    usual = int(OmegaConf.load(run.ROOT / "conf/train/experiment/stage1/small_world.yaml").steps)
+    assert run.more_steps("stage1", ["optim.lr=1e-3"], 5) == [f"steps={5 * usual}"]
+    assert run.more_steps("stage2", ["steps=4", "steps=6"], 5) == ["steps=30"], "the last one counts"
+
+
 def test_objects_that_were_trained_on_under_another_name_are_left_out(tmp_path: Path) -> None:
     base = Variant(BASE, "Which?", "both", stage1=())
     samples(tmp_path, BASE, [20.0, 22.0, 30.0])
@@ -189,9 +232,9 @@ def test_objects_that_were_trained_on_under_another_name_are_left_out(tmp_path: 
     told = json.loads(path.read_text())
     told["objects"]["object2"]["nearest_trained"] = 43.0
     path.write_text(json.dumps(told))
-    found = results.objects_of(tmp_path, [f"{BASE}-0"])
+    found = results.objects_of(tmp_path, [f"{BASE}-0"], 0)
     assert list(found) == ["object0", "object1"] and results.twins_of(tmp_path, [0]) == ["object2"]
-    views = results.azimuths(tmp_path, [base], [0])[base.what]
+    views = results.azimuths(tmp_path, [base], StudyConfig())[base.what]
     assert views == [[(0.0, 19.0), (180.0, 21.0)], [(0.0, 21.0), (180.0, 23.0)]]
 
 
@@ -222,18 +265,25 @@ def test_a_variant_that_fails_costs_itself_alone(
 def test_meshes_that_fail_cost_themselves_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def distil_and_judge(plan: run.Plan, seed: int, uids: list[str], name: str, export: str, scale: float) -> None:
-        if scale == 3:
+    def distil_and_judge(plan: run.Plan, seed: int, uids: list[str], one: Distillation, export: str) -> None:
+        if one.scale == 3:
             raise UserError("step evaluate_stage2-0-3 ended with status 2")
-        plan.marks[f"judge_{name}"] = "made"
+        plan.marks[f"judge_{one.name}"] = "made"
 
     samples(tmp_path, BASE, [20.0, 22.0])
     monkeypatch.setattr(run, "distil_and_judge", distil_and_judge)
     plan = run.Plan(StudyConfig(out=str(tmp_path), guidance_scales=[1.0, 3.0]))
+    trained = {
+        name: "made" for name in ("both-0-stage1", "both-0-stage2", "longer-0-stage1")
+    }  # longer's stage 2 failed
+    plan.marks |= trained
     failed = run.distil(plan, 0)
     assert failed == {"meshes of stage2-0-3": "step evaluate_stage2-0-3 ended with status 2"}
     assert "error: meshes of stage2-0-3" in capsys.readouterr().err
-    assert list(plan.marks) == ["judge_stage2-0-1", "judge_stage1-0-1"], "the comparison of stages is still made"
+    made = [name for name in plan.marks if name not in trained]
+    assert made == ["judge_stage2-0-1", "judge_stage1-0-1", "judge_longer-stage1-0-1"], (
+        "the comparison of stages is still made"
+    )
 
 
 def test_one_variant_alone_has_tables(tmp_path: Path) -> None:
