@@ -3,7 +3,7 @@
 #   slurm/study.sh [out=runs/study] [variants=[stage1,no_reference]] [--gpus-per-node=1 cpu=false processes=1]
 # Words:  --option       for sbatch, of all jobs
 #         key=value      override of study/run.py
-# A variant's job that fails costs itself alone: the last job tries it once more, and says what it met.
+# A variant's job that fails costs itself and those that take its stage 1: the last job tries them once more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=slurm/site.env
@@ -54,11 +54,13 @@ after=(--kill-on-invalid-dep=yes)
 first=$(submit "${names[0]}" "variants=[${names[0]}]" distil=0 tables=false) || give_up
 jobs+=("$first")
 echo "${names[0]}: job $first"
+number[${begins_with[${names[0]}]}]=$first
 others=''
 for name in "${names[@]:1}"; do
   beginning=${number[${begins_with[$name]}]:-$first} # the job that trains its stage 1, or what all need
   after=(--kill-on-invalid-dep=yes "--dependency=afterok:$beginning")
   number[$name]=$(submit "$name" "variants=[$name]" distil=0 tables=false) || give_up
+  : "${number[${begins_with[$name]}]:=${number[$name]}}" # its own name is not among the variants
   jobs+=("${number[$name]}") others+=:${number[$name]}
   echo "$name: job ${number[$name]} after job $beginning"
 done

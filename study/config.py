@@ -27,12 +27,10 @@ class StudyConfig:
     val_share: float = 0.13  # of objects held out, by hash of the uid
     variants: list[str] = field(default_factory=list)  # names in study/variants.py; empty: all
     image_size: int = 64  # that the models are trained at
-    guidance: float = 1.0  # of the 2D samples, and of what is distilled from stage 1
+    guidance: float = 1.0  # of the 2D samples, and of what is distilled from stage 1 and the longer training
     sample_steps: int = 2  # DDIM; few give the model's mean picture, which so small a model draws best
-    choose_share: float = (
-        0.2  # of the held-out objects: guidance and steps are chosen on them, and no table judges them
-    )
-    # What the samples of variants that ask whether stage 2 helps are drawn with besides, in place of the value above.
+    choose_share: float = 0.2  # of the held-out objects: settings are chosen on them, no other table has them
+    # What the samples of variants that ask for stages and for the amount of training are drawn with besides.
     other_guidances: list[float] = field(default_factory=lambda: [1.5, 3.0, 6.0])
     other_sample_steps: list[int] = field(default_factory=lambda: [5, 10, 50])
     seeds: list[int] = field(default_factory=lambda: [0])  # of training; each variant is trained with each
@@ -67,7 +65,7 @@ class StudyConfig:
         check(self.cpu or self.jobs == 1, "jobs share one machine's CPU; with GPUs, slurm/study.sh gives each its own")
 
     def samplings(self) -> list[tuple[str, float, int]]:
-        """(name, guidance, DDIM steps) of the samples that the stages are judged by besides."""
+        """(name, guidance, DDIM steps) of the other samples of DRAWN_ALL_WAYS."""
         return [(f"guidance{one:g}", one, self.sample_steps) for one in self.other_guidances] + [
             (f"steps{one}", self.guidance, one) for one in self.other_sample_steps
         ]
@@ -85,9 +83,9 @@ class StudyConfig:
         return found
 
     def distils_longest(self) -> bool:
-        from study.variants import LONGEST
+        from study.variants import LONGEST, chosen
 
-        return self.distil > 0 and (not self.variants or LONGEST in self.variants)
+        return self.distil > 0 and any(one.name == LONGEST for one in chosen(self.variants))
 
 
 def words_of(config: StudyConfig, without: tuple[str, ...] = ()) -> list[str]:

@@ -34,11 +34,13 @@ def differences(rows: list[tuple[str, float, float, float]], unit: str) -> Image
 
     rows: (words, mean, low, high).
     """
-    row, left, width, right = 24, 300, 360, 70  # pixels
+    font = ImageFont.load_default(FONT)
+    left = max(300, *(round(font.getlength(one[0])) + 12 for one in rows))  # pixels, as the others
+    row, width, right = 24, 360, 70
     low, high = min(0.0, *(one[2] for one in rows)), max(0.0, *(one[3] for one in rows))
     scale = width / ((high - low) or 1.0)
     image = Image.new("RGB", (left + width + right, row * (len(rows) + 1)), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT)
+    draw = ImageDraw.Draw(image)
 
     def at(value: float) -> float:
         return left + (value - low) * scale

@@ -1,4 +1,4 @@
-"""Which of the held-out objects the tables are made from, and which the settings are chosen on."""
+"""Which of the held-out objects the tables are made from, and which the settings are held against."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def parted(objects: dict[str, Any], share: float) -> tuple[dict[str, Any], dict[
     known = without_twins(objects)
     # Salted: the hash of the uid alone has decided that they are held out.
     ranked = sorted(known, key=lambda uid: hashlib.sha256(f"choosing:{uid}".encode()).digest())
-    choosing = set(ranked[: int(share * len(ranked))])
+    choosing = set(ranked[: int(share * len(ranked) + 1e-9)])
     return ({uid: values for uid, values in known.items() if uid not in choosing},
             {uid: values for uid, values in known.items() if uid in choosing})  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from data.processes import die_with_parent
 from demo.run import PYTHON, ROOT
 from study.config import StudyConfig, words_of
-from study.variants import BASE, LONGEST, Variant, chosen
+from study.variants import BASE, LONGEST, VARIANTS, Variant
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,14 @@ def jobs_of(config: StudyConfig, variants: list[Variant]) -> list[Job]:
         return [*PYTHON, "study/run.py", *words_of(replace(config, variants=names, distil=distil, tables=False,
                                                            jobs=1))]  # fmt: skip
 
-    named = {one.name: one for one in variants}
     following = [one for one in variants if one.stage1 is None]
-    if following or config.distil:
-        named = {BASE: chosen([BASE])[0]} | named
-    own = [Job(one.name, command([one.name])) for one in named.values() if one.stage1 is not None]
-    distilled = [BASE, *([LONGEST] if config.distils_longest() else [])]
-    meshes = [Job("meshes", command(distilled, config.distil), tuple(distilled))] if config.distil else []
-    return [*own, *meshes, *(Job(one.name, command([one.name]), (one.after,) if one.after in named else ())
-                             for one in following)]  # fmt: skip
+    owners = {one.name for one in variants if one.stage1 is not None} | {one.after for one in following}
+    owners |= {BASE} if config.distil else set()
+    own = [Job(one.name, command([one.name])) for one in VARIANTS if one.name in owners]
+    meshes = [Job("meshes", command([BASE], config.distil), (BASE,))] if config.distil else []
+    if config.distils_longest():
+        meshes.append(Job(f"meshes_{LONGEST}", command([LONGEST], config.distil), ("meshes", LONGEST)))
+    return [*own, *meshes, *(Job(one.name, command([one.name]), (one.after,)) for one in following)]
 
 
 def started(job: Job, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import platform
 import shlex
@@ -17,11 +18,12 @@ import torch
 from data.files import atomic_file, read_json
 from distill import report
 from distill.evaluation.summary import by_azimuth, interval, paired_difference, share_interval, spread
-from study.config import StudyConfig, words_of
+from study.config import Distillation, StudyConfig, words_of
 from study.figure import differences, figure
 from study.held_out import TWIN, parted, without_twins
 from study.variants import BASE, BASELINES, DRAWN_ALL_WAYS, LONGEST, NOISE, Variant, chosen
 
+STAGE_WORDS = {"stage1": "stage 1 alone", "stage2": "both stages"}
 CAVEAT = (
     "A small-scale study without pretrained weights: a model of {millions:.1f} million parameters, trained from "
     "scratch on {objects} objects at {size} px, with a random image encoder whose last layer was fitted. It can show "
@@ -86,14 +88,14 @@ def table(headers: list[str], rows: list[list[str]]) -> str:
 def of_variants(
     found: dict[str, dict[str, dict[str, float]]], variants: list[Variant], config: StudyConfig
 ) -> dict[str, str]:
-    """By question, a table of its variants against `both`, with what makes each row again."""
+    """By question, a table of its variants against what they are compared with, and what makes each row again."""
     psnr = {name: column(objects, "psnr") for name, objects in found.items()}
     rows: dict[str, list[list[str]]] = defaultdict(list)
     for variant in variants:
         mine = found[variant.name]
-        difference = "" if variant.name == BASE else gain(psnr[variant.name], psnr[BASE])
-        if variant.after != BASE and variant.after in psnr:
-            difference += f"; against {what_of(variant.after)}: {gain(psnr[variant.name], psnr[variant.after])}"
+        difference = "" if variant.name == BASE else gain(psnr[variant.name], psnr[variant.after])
+        if variant.after != BASE:
+            difference += f" (against {what_of(variant.after)})"
         rows[variant.question].append([
             variant.what, cell(psnr[variant.name]), difference, cell(column(mine, "ssim"), 3),
             share(column(mine, "identified")),
@@ -105,34 +107,31 @@ def of_variants(
 
 
 def of_samplings(out: Path, config: StudyConfig, variants: list[Variant]) -> str:
-    """Each model's samples by guidance and steps, against what it is compared with, drawn the same; and which of these
-    settings the objects for choosing are drawn best with."""
+    """Each model's samples by guidance and steps, against those of both stages that begin with the same stage 1, drawn
+    the same; and what draws the objects for choosing best."""
     compared = [one for one in variants if one.question in DRAWN_ALL_WAYS]
-    rows, choice = [], {}
+    rows, choices = [], defaultdict[str, dict[str, float]](dict)
     for name, guidance, steps in [("", config.guidance, config.sample_steps), *config.samplings()]:
         tail = f"-{name}" if name else ""
         folders = {one.name: [f"{one.name}-{seed}{tail}" for seed in config.seeds] for one in compared}
-        found = {name: objects_of(out, some, config.choose_share) for name, some in folders.items()}
-        choosing = {name: objects_of(out, some, config.choose_share, True) for name, some in folders.items()}
+        found = {name: column(objects_of(out, some, config.choose_share), "psnr") for name, some in folders.items()}
         for one in compared:
-            mine, base = found[one.name], found.get(one.after)
-            rows.append([
-                f"{guidance:g}", str(steps), one.what, *([cell(column(choosing[one.name], "psnr"))] if choosing[BASE]
-                                                         else []), cell(column(mine, "psnr")),
-                "" if one.stage1 is not None or not base else gain(column(mine, "psnr"), column(base, "psnr")),
-                cell(column(mine, "ssim"), 3), share(column(mine, "identified")),
-            ])  # fmt: skip
-        if choosing[BASE]:
-            choice[guidance, steps] = np.mean([list(column(each, "psnr").values()) for each in choosing.values()])
-    many = [f"PSNR of {len(choosing[BASE])} objects for choosing, dB"] if choice else []
-    text = table(["guidance", "DDIM steps", "model", *many, "PSNR, dB", "against both stages of as many training steps",
+            mine = objects_of(out, folders[one.name], config.choose_share)
+            choosing = column(objects_of(out, folders[one.name], config.choose_share, choosing=True), "psnr")
+            against = "" if one.stage1 is not None else gain(found[one.name], found[one.after])
+            rows.append([f"{guidance:g}", str(steps), one.what, *([cell(choosing)] if choosing else []),
+                         cell(found[one.name]), against, cell(column(mine, "ssim"), 3),
+                         share(column(mine, "identified"))])  # fmt: skip
+            if choosing and one.stage1 is not None:
+                choices[one.what][f"guidance {guidance:g} and {steps} steps"] = float(np.mean(list(choosing.values())))
+    many = [f"PSNR of the {len(choosing)} objects for choosing, dB"] if choosing else []
+    text = table(["guidance", "DDIM steps", "model", *many, "PSNR, dB", "against both stages from the same stage 1",
                   "SSIM", "identified"], rows)  # fmt: skip
-    if choice:
-        guidance, steps = max(choice, key=lambda setting: choice[setting])
-        used = "as all other tables have it" if (guidance, steps) == (config.guidance, config.sample_steps) else (
-            f"but all other tables have guidance {config.guidance:g} and {config.sample_steps} steps")  # fmt: skip
-        text += f"\n\nThe objects for choosing are drawn best with guidance {guidance:g} and {steps} steps, {used}."
-    return text
+    best = [f"{what}: {max(means, key=lambda one: means[one])}" for what, means in choices.items()]
+    if best:
+        text += (f"\n\nThe objects for choosing are drawn best with: {'; '.join(best)}. The other tables have guidance "
+                 f"{config.guidance:g} and {config.sample_steps} steps.")  # fmt: skip
+    return text + "\n\nStage 1 alone has had fewer steps of training than what is made from it."
 
 
 def of_baselines(objects: dict[str, dict[str, float]]) -> str:
@@ -158,53 +157,68 @@ def by_kind(out: Path, objects: dict[str, dict[str, float]]) -> str:
     return table(["", "objects", "PSNR, dB"], rows)
 
 
-def of_meshes(out: Path, names: list[str], seeds: list[int]) -> str | None:
-    """Distilled objects by stage and guidance scale; then what the same objects reach without distillation."""
-    if not names:
+def of_meshes(out: Path, distilled: list[Distillation], seeds: list[int]) -> str | None:
+    """Distilled objects by model, stage and guidance scale; then what the same objects reach without distillation."""
+    if not distilled:
         return None
     asked = len(read_json(out / "distilled.json", "distilled objects"))
-    rows, runs = [], {}
-    for folder in (out / "judged" / name for name in names):  # a call before this one may have left others
-        runs[folder.name] = judged = read_json(folder / "meshes.json", "judged meshes")
-        told: Any = read_json(out / "evaluations" / folder.name / "evaluation.json", "evaluation")
-        means = told["means"]
+    rows = []
+    runs: dict[str, Any] = {one.name: read_json(out / "judged" / one.name / "meshes.json", "judged meshes")
+                            for one in distilled}  # fmt: skip
+    for one in distilled:
+        judged, told = runs[one.name], read_json(out / "evaluations" / one.name / "evaluation.json", "evaluation")
+        means: Any = told["means"]
         rows.append([
-            folder.name, f"{len(judged['mesh'])} of {asked}", cell(column(judged["mesh"], "psnr")),
-            cell(column(judged["field"], "psnr")), share(column(judged["mesh"], "identified")),
+            what_of(one.model), STAGE_WORDS[one.stage], f"{one.scale:g}", f"{len(judged['mesh'])} of {asked}",
+            cell(column(judged["mesh"], "psnr")), cell(column(judged["field"], "psnr")),
+            share(column(judged["mesh"], "identified")),
             *(spanned_mean(means[k]) if k in means else "not measured"
               for k in ("mask_iou", "clip_similarity", "janus", "janus_truth")),
         ])  # fmt: skip
-    headers = ["stage-seed-guidance", "objects", "mesh, dB", "NeRF, dB", "mesh identified", "mask IoU",
-               "encoder's cosine", "Janus", "Janus of the truth"]  # fmt: skip
-    text = [table(headers, rows), *stages_compared(runs)]
-    shared = sorted(set.intersection(*(set(judged["mesh"]) for judged in runs.values())))
+    headers = ["training", "distilled from", "guidance", "objects", "mesh, dB", "NeRF, dB", "mesh identified",
+               "mask IoU", "encoder's cosine", "Janus", "Janus of the truth"]  # fmt: skip
+    text = [table(headers, rows), *meshes_compared(distilled, runs)]
+    for model in dict.fromkeys(one.model for one in distilled):
+        text += beside_meshes(out, [one for one in distilled if one.model == model], runs, seeds)
+    return "\n\n".join(text)
+
+
+def beside_meshes(out: Path, distilled: list[Distillation], runs: dict[str, Any], seeds: list[int]) -> list[str]:
+    """Of one model: the first one's meshes, against that model's samples of the same objects and the baselines."""
+    shared = sorted(set.intersection(*(set(runs[one.name]["mesh"]) for one in distilled)))
+    first, what = distilled[0], what_of(distilled[0].model)
     if not shared:
-        return "\n\n".join([*text, "No object has a mesh of each."])
-    samples = told_of_both(out, seeds)["objects"]
-    first, judged = next(iter(runs.items()))
-    mesh = {uid: judged["mesh"][uid] for uid in shared}
-    others = {"2D samples, both stages": {uid: samples[uid]["psnr"] for uid in shared}}
+        return [f"{what}: no object has a mesh of each."]
+    samples: Any = read_json(out / "samples" / f"{first.model}-{seeds[0]}" / "samples.json", "samples")["objects"]
+    mesh = {uid: runs[first.name]["mesh"][uid] for uid in shared}
+    others = {f"2D samples, {what}": {uid: samples[uid]["psnr"] for uid in shared}}
     others |= {words: column(mesh, key) for key, words in BASELINES.items()}
-    beside = [[words, cell(values), gain(column(mesh, "psnr"), values)] for words, values in others.items()]
-    beside.insert(0, [f"meshes, {first}", cell(column(mesh, "psnr")), ""])
-    text.append(f"The {len(shared)} objects that have a mesh of each, and what they reach without distillation:")
-    return "\n\n".join([*text, table(["", "PSNR, dB", "the meshes are better by"], beside)])
+    rows = [[words, cell(values), gain(column(mesh, "psnr"), values)] for words, values in others.items()]
+    rows.insert(0, [f"meshes, {told(first)}", cell(column(mesh, "psnr")), ""])
+    words = f"The {len(shared)} objects that have a mesh of each, {what}, and what they reach without distillation:"
+    return [words, table(["", "PSNR, dB", "the meshes are better by"], rows)]
+
+
+def told(one: Distillation) -> str:
+    return f"{what_of(one.model)}, distilled from {STAGE_WORDS[one.stage]} with guidance {one.scale:g}"
 
 
 def spanned_mean(told: dict[str, Any], form: str = ".2f") -> str:
     return spanned(told["mean"], None if told["low"] is None else (told["low"], told["high"]), form)
 
 
-def stages_compared(runs: dict[str, Any]) -> list[str]:
-    """A sentence for each seed and guidance scale that both stages and stage 1 alone were distilled with."""
+def meshes_compared(distilled: list[Distillation], runs: dict[str, Any]) -> list[str]:
+    """A sentence for each two that differ in the stage alone or in the training alone, seed by seed."""
     found = []
-    for name, judged in runs.items():
-        other = runs.get(name.replace("stage2", "stage1"))
-        if "stage2" in name and other and judged["mesh"].keys() & other["mesh"].keys():
-            both = judged["mesh"].keys() & other["mesh"].keys()
-            better = gain(column(judged["mesh"], "psnr"), column(other["mesh"], "psnr"))
-            found.append(f"Meshes of {name} are better than those of stage 1 alone by {better} dB, on {len(both)} "
-                         "objects.")  # fmt: skip
+    seed_of = {one.name: one.name.split("-")[-2] for one in distilled}
+    for one, other in itertools.permutations(distilled, 2):
+        stages = (one.stage, other.stage, one.model) == ("stage2", "stage1", other.model)
+        trainings = (one.model, other.model, one.stage) == (LONGEST, BASE, other.stage)
+        both = runs[one.name]["mesh"].keys() & runs[other.name]["mesh"].keys()
+        if (stages or trainings) and one.scale == other.scale and seed_of[one.name] == seed_of[other.name] and both:
+            better = gain(column(runs[one.name]["mesh"], "psnr"), column(runs[other.name]["mesh"], "psnr"))
+            found.append(f"Meshes of \"{told(one)}\" are better than those of \"{told(other)}\" by {better} dB, on "
+                         f"{len(both)} objects.")  # fmt: skip
     return found
 
 
@@ -268,8 +282,8 @@ def write_results(
     tables["Which objects?"] = by_kind(out, found[BASE])
     tables["Is it as good from all sides?"] = of_sides(sides)
     tables = {title: body for title, body in tables.items() if body.count("\n") > 1}  # of few objects some say nothing
-    asked = [one.name for seed in config.seeds for one in config.distillations(seed)]
-    distilled = [name for name in asked if f"judge_{name}" in steps]
+    asked = [one for seed in config.seeds for one in config.distillations(seed)]
+    distilled = [one for one in asked if f"judge_{one.name}" in steps]
     meshes = of_meshes(out, distilled, config.seeds)
     if meshes:
         tables["Meshes of held-out objects, by stage and guidance scale"] = meshes
@@ -284,11 +298,15 @@ def write_results(
     choosing = len(objects) - len(twins) - len(found[BASE])
     held_out = f"{len(found[BASE])} held out and judged"
     if choosing:
-        held_out += f", {choosing} more held out to choose guidance and steps on"
+        held_out += f", {choosing} more held out to choose guidance and steps on, which only their table has"
     if twins:
         held_out += f" ({len(twins)} left out, whose nearest by embedding is within {TWIN:g} dB: {', '.join(twins)})"
     held_out += f"; an object is identified among all {len(objects)} held-out ones"
-    noise = f', see "{NOISE}"' if any(variant.question == NOISE for variant in variants) else ""
+    noise = (
+        f', see "{NOISE}" for the usual number of steps'
+        if any(variant.question == NOISE for variant in variants)
+        else ""
+    )
     facts = (f"{datetime.date.today()}, {device_of(config)}; {minutes_of(out, steps)}.  {trained} objects trained on, "
              f"{held_out}, seeds {config.seeds}; {config.sample_steps} DDIM steps, guidance {config.guidance:g}. "
              "Brackets: 95 % intervals over objects, by bootstrap; of fewer than ten Student's t, of shares Wilson's; "
@@ -303,34 +321,36 @@ def write_results(
         temporary.write_text("\n".join(parts))
     write_page(out, caveat, facts, sides, found[BASE], config.seeds[0], distilled if meshes else [])
     if meshes:
-        longest = [name for name in distilled if name.startswith(LONGEST)]
+        longest = [one for one in distilled if (one.model, one.stage) == (LONGEST, "stage2")]
         write_figure(out, [*longest, *distilled][0], len(found[BASE]))
     return out / "RESULTS.md"
 
 
 def write_differences(out: Path, found: dict[str, dict[str, dict[str, float]]], variants: list[Variant]) -> None:
-    """differences.png: PSNR of each variant against `both`."""
-    base, rows = column(found[BASE], "psnr"), []
+    """differences.png: PSNR of each variant against what it is compared with."""
+    rows = []
     for variant in variants:
         if variant.name != BASE:
-            told = paired_difference(column(found[variant.name], "psnr"), base)
-            mean, low, high = told["mean"], told["low"], told["high"]
-            rows.append((variant.what, mean, mean if low is None else low, mean if high is None else high))
+            other = column(found[variant.after], "psnr")
+            difference = paired_difference(column(found[variant.name], "psnr"), other)
+            mean, low, high = difference["mean"], difference["low"], difference["high"]
+            what = variant.what + (" (against all of it)" if variant.after != BASE else "")
+            rows.append((what, mean, mean if low is None else low, mean if high is None else high))
     with atomic_file(out / "differences.png") as temporary:
         differences(rows, "PSNR against both stages, dB").save(temporary, format="PNG")
 
 
-def write_figure(out: Path, name: str, held_out: int) -> None:
-    """study.png: of the objects distilled as `name`, those whose samples add most and least to the baselines."""
-    judged: Any = read_json(out / "judged" / name / "meshes.json", "judged meshes")["mesh"]
+def write_figure(out: Path, shown: Distillation, held_out: int) -> None:
+    """study.png: of the objects distilled, those whose samples by `both` add most and least to the baselines."""
+    judged: Any = read_json(out / "judged" / shown.name / "meshes.json", "judged meshes")["mesh"]
     ranked = [uid for uid in read_json(out / "distilled.json", "distilled objects") if uid in judged]
-    ends = {": samples add most to the baselines": ranked[0], ": samples add least": ranked[-1]}
-    if len(ranked) == 1:
-        ends = {"": ranked[0]}
-    picture = figure([(f"{uid}, of {held_out} held-out objects{end}",
-                       out / "judged" / name / f"{uid}.png") for end, uid in ends.items()])  # fmt: skip
+    ends = {ranked[0]: "most", ranked[-1]: "least"} if len(ranked) > 1 else {ranked[0]: ""}
+    rows = []
+    for uid, end in ends.items():
+        place = f"of {held_out} the object where samples of both stages add {end}" if end else f"of {held_out} objects"
+        rows.append((f"{uid}, {place}; {what_of(shown.model)}", out / "judged" / shown.name / f"{uid}.png"))
     with atomic_file(out / "study.png") as temporary:
-        picture.save(temporary, format="PNG")
+        figure(rows).save(temporary, format="PNG")
 
 
 def write_page(
@@ -340,7 +360,7 @@ def write_page(
     sides: dict[str, list[list[tuple[float, float]]]],
     objects: dict[str, dict[str, float]],
     seed: int,
-    distilled: list[str],
+    distilled: list[Distillation],
 ) -> None:
     found = {name: by_azimuth([view for views in objects for view in views]) for name, objects in sides.items()}
     lines = {name: list(zip(told["azimuth_deg"], told["psnr"], strict=True)) for name, told in found.items() if told}
@@ -358,12 +378,13 @@ def write_page(
     if chart.is_file():
         drawn = report.gallery([report.picture(chart, "samples of each variant against both stages", "differences")])
         sections.insert(0, ("Variants", drawn))
-    for folder in (out / "judged" / name for name in distilled):
+    for one in distilled:
+        folder = out / "judged" / one.name
         mesh: Any = read_json(folder / "meshes.json", "judged meshes")["mesh"]
         pictures = [
             report.picture(folder / f"{uid}.png", f"{uid}: {mesh[uid]['psnr']:.1f} dB", uid)
             for uid in sorted(mesh, key=lambda uid: -mesh[uid]["psnr"])
         ]
-        title = f"Distilled, {folder.name}: reference and truth, samples, NeRF, mesh"
+        title = f"Meshes, {told(one)}: reference and truth, samples, NeRF, mesh"
         sections.append((title, report.gallery(pictures)))
     report.write(out / "results.html", report.page("Results", f"{caveat}\n\n{facts}", sections))

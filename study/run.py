@@ -46,17 +46,24 @@ class Plan:
     def __init__(self, config: StudyConfig):
         self.config, self.out, self.number = config, Path(config.out), 0
         self.marks: dict[str, str] = {}
+        self.failed: dict[str, UserError] = {}
 
     def run(
         self, name: str, command: list[str], makes: str, *made_from: str, passes: tuple[int, ...] = (0,),
         removes: bool = True,
     ) -> None:  # fmt: skip
         """passes, removes: see demo/run.py."""
+        if name in self.failed:  # told already, for another that needs it
+            raise self.failed[name]
         self.number += 1
         before = "".join(self.marks[one] for one in made_from)
         step = Step(name, command, self.out / makes, passes, removes)
-        with locked(self.out / "steps" / name):
-            self.marks[name] = run_step(step, self.number, 0, self.out, before)
+        try:
+            with locked(self.out / "steps" / name):
+                self.marks[name] = run_step(step, self.number, 0, self.out, before)
+        except UserError as error:
+            self.failed[name] = error
+            raise
 
 
 def fetched(config: StudyConfig) -> list[Path]:
@@ -190,8 +197,10 @@ def more_steps(stage: str, words: list[str], times: int) -> list[str]:
     if times == 1:
         return []
     usual: Any = OmegaConf.load(ROOT / "conf/train/experiment" / stage / "small_world.yaml")
-    steps = [word.removeprefix("steps=") for word in words if word.startswith("steps=")] or [usual.steps]
-    return [f"steps={times * int(steps[-1])}"]
+    given = [word.partition("=")[2] for word in words if word.lstrip("+").startswith("steps=")] or [str(usual.steps)]
+    if not given[-1].isdecimal():
+        raise UserError(f"{stage}: steps={given[-1]} is not a whole number, of which {times} times could be trained")
+    return [f"steps={times * int(given[-1])}"]
 
 
 def judge(plan: Plan, name: str, trained: str, guidance: float, steps: int) -> None:
@@ -227,7 +236,7 @@ def render_nearest(plan: Plan, sources: list[Path]) -> None:
 
 
 def distil(plan: Plan, seed: int) -> dict[str, str]:
-    """Held-out objects from the best to the worst, by both stages and by stage 1, and by guidance scale.
+    """Judged objects from the best to the worst, by both stages and by stage 1, by guidance scale and training.
 
     Why some of these could not be made or judged, by name.
     """
@@ -242,8 +251,8 @@ def distil(plan: Plan, seed: int) -> dict[str, str]:
     failed = {}
     for one in config.distillations(seed):
         export = f"{one.model}-{seed}-{one.stage}"
-        if export not in plan.marks:
-            continue  # its training failed, and has been told
+        if not {export, f"samples_{one.model}-{seed}"} <= plan.marks.keys():
+            continue  # its training or its samples failed, which has been told
         try:
             distil_and_judge(plan, seed, uids, one, export)
         except UserError as error:

@@ -1,4 +1,4 @@
-"""What is trained: each variant differs from `both` in what its question asks, and in nothing else."""
+"""What is trained: each variant differs from what it is compared with in what its question asks, in nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Variant:
     parts: tuple[str, ...] = field(default=())  # of models/small.py, where it has an autoencoder or encoder of its own
     image_size: int | None = None  # where it is not the study's
     share: float = 1.0  # of the training objects
-    times: int = 1  # the steps of both stages
+    times: int = 1  # the steps of each stage that it has; where it takes another's stage 1, as that one
     after: str = BASE  # what it is compared with, and whose stage 1 it goes on from where it has none of its own
 
     @staticmethod

@@ -7,6 +7,7 @@ itself, and their losses are compared with those of runs from here.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -72,8 +73,9 @@ def serve() -> None:
     # The PATH that training has: another ninja would compile DeepSpeed's op again, and the next run once more.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PATH": path}
-    for name in LATE:
-        importlib.import_module(name)
+    for name in LATE:  # an older release may lack one
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     from deepspeed.comm.torch import build_shm_op
 
     import distill.sds  # noqa: F401

@@ -101,11 +101,17 @@ def test_each_job_is_a_command_of_its_own() -> None:
     assert [one.name for one in alone] == ["width16"]
     longest = jobs_of(StudyConfig(jobs=2, distil=1, variants=["longer_stage1"]), chosen(["longer_stage1"]))
     assert [(one.name, one.after) for one in longest] == [
-        (BASE, ()), ("longer", ()), ("meshes", (BASE,)), ("longer_stage1", ("longer",)),
+        (BASE, ()), ("longer", ()), ("meshes", (BASE,)), ("meshes_longer", ("meshes", "longer")),
+        ("longer_stage1", ("longer",)),
     ]  # fmt: skip
+    without = StudyConfig(jobs=2, distil=0, tables=False, variants=["longer_stage1", "longer_no_reference"])
+    assert [(one.name, one.after) for one in jobs_of(without, chosen(without.variants, with_base=False))] == [
+        ("longer", ()), ("longer_stage1", ("longer",)), ("longer_no_reference", ("longer",)),
+    ], "two that take one stage 1 do not both train it"  # fmt: skip
     everything = jobs_of(StudyConfig(jobs=2), list(VARIANTS))
-    assert sorted(one.name for one in everything) == sorted(["meshes", *(one.name for one in VARIANTS)])
-    assert {one.name: one.after for one in everything}["meshes"] == (BASE, "longer")
+    assert sorted(one.name for one in everything) == sorted(
+        ["meshes", "meshes_longer", *(one.name for one in VARIANTS)]
+    )
     known = {one.name for one in everything}
     assert all(known.issuperset(one.after) for one in everything), "nobody waits for what nobody makes"
 

@@ -15,6 +15,7 @@ from conf.cli import ConfigError
 from data.files import UserError
 from data.selection import split_of
 from demo.proof import Truth
+from demo.run import Step
 from study import figure, meshes, results, run, subset
 from study.config import Distillation, StudyConfig
 from study.held_out import parted
@@ -82,29 +83,38 @@ def test_differences_lie_right_of_zero_when_positive() -> None:
     assert better.max() == pytest.approx(360, abs=2) and worse.min() <= 2  # the ends of the widest intervals
 
 
-def test_meshes_of_both_stages_are_compared_on_the_same_objects(tmp_path: Path) -> None:
-    samples(tmp_path, BASE, [20.0, 22.0, 30.0])
+def meshes_judged(out: Path, name: str, psnr: list[float]) -> None:
     same = {"white": 10.0, "mean_object": 12.0, "nearest_trained": 15.0, "identified": True}
-    for name, psnr in (("stage1-0-1.5", [14.0, 18.0]), ("stage2-0-1.5", [15.0, 19.5]), ("stage2-0-3", [13.0, 17.0])):
-        told = {f"object{n}": same | {"psnr": value} for n, value in enumerate(psnr)}
-        (tmp_path / "judged" / name).mkdir(parents=True)
-        (tmp_path / "judged" / name / "meshes.json").write_text(json.dumps({"mesh": told, "field": told}))
-        (tmp_path / "evaluations" / name).mkdir(parents=True)
-        means = {"janus": {"mean": 0.9, "low": 0.8, "high": 1.0, "objects": 2}}
-        (tmp_path / "evaluations" / name / "evaluation.json").write_text(json.dumps({"means": means}))
-    (tmp_path / "judged" / "of-another-call").mkdir()
-    (tmp_path / "distilled.json").write_text(json.dumps(["object0", "object1", "object2"]))  # the last has no mesh
-    config = StudyConfig(guidance=1.5, guidance_scales=[1.5, 3.0], variants=[BASE])
-    names = [one.name for one in config.distillations(0)]
-    words = results.of_meshes(tmp_path, names, [0])
-    assert words is not None and "| stage2-0-1.5 | 2 of 3 | 17.25 [-11.34, 45.84] |" in words
-    assert (
-        "Meshes of stage2-0-1.5 are better than those of stage 1 alone by +1.25 [-1.93, +4.43] dB, on 2 objects."
-        in words
-    )
-    assert "of-another-call" not in words
-    assert words.count("are better than") == 1  # guidance 3 has no counterpart
+    told = {f"object{n}": same | {"psnr": value} for n, value in enumerate(psnr)}
+    (out / "judged" / name).mkdir(parents=True)
+    (out / "judged" / name / "meshes.json").write_text(json.dumps({"mesh": told, "field": told}))
+    (out / "evaluations" / name).mkdir(parents=True)
+    means = {"janus": {"mean": 0.9, "low": 0.8, "high": 1.0, "objects": 2}}
+    (out / "evaluations" / name / "evaluation.json").write_text(json.dumps({"means": means}))
+
+
+def test_meshes_are_compared_on_the_same_objects(tmp_path: Path) -> None:
+    samples(tmp_path, BASE, [20.0, 22.0, 30.0])
+    samples(tmp_path, "longer", [21.0, 23.0, 31.0])
+    for name, psnr in (("stage1-0-1.5", [14.0, 18.0]), ("stage2-0-1.5", [15.0, 19.5]), ("stage2-0-3", [13.0, 17.0]),
+                       ("longer-stage2-0-1.5", [16.0, 20.5, 25.0]), ("of-another-call", [1.0])):  # fmt: skip
+        meshes_judged(tmp_path, name, psnr)
+    (tmp_path / "distilled.json").write_text(json.dumps(["object0", "object1", "object2"]))  # `both` lacks the last
+    config = StudyConfig(guidance=1.5, guidance_scales=[1.5, 3.0], variants=["longer"])
+    distilled = [one for one in config.distillations(0) if one.name != "longer-stage1-0-1.5"]  # which failed
+    assert [one.name for one in distilled] == ["stage2-0-1.5", "stage2-0-3", "stage1-0-1.5", "longer-stage2-0-1.5"]
+    words = results.of_meshes(tmp_path, distilled, [0])
+    assert words is not None and "| both stages | both stages | 1.5 | 2 of 3 | 17.25 [-11.34, 45.84] |" in words
+    assert "| both stages | stage 1 alone | 1.5 | 2 of 3 | 16.00" in words
+    assert "| five times the steps | both stages | 1.5 | 3 of 3 | 20.50" in words
+    both, longer = ('"both stages, distilled from both stages with guidance 1.5"',
+                    '"five times the steps, distilled from both stages with guidance 1.5"')  # fmt: skip
+    alone = '"both stages, distilled from stage 1 alone with guidance 1.5"'
+    assert f"Meshes of {both} are better than those of {alone} by +1.25 [-1.93, +4.43] dB, on 2 objects." in words
+    assert f"Meshes of {longer} are better than those of {both} by +1.00 [+1.00, +1.00] dB, on 2 objects." in words
+    assert words.count("are better than") == 2  # guidance 3 has no counterpart
     assert "| 2D samples, both stages | 21.00 [8.29, 33.71] | -3.75" in words  # of the two that were distilled
+    assert "| 2D samples, five times the steps | 25.00 [11.86, 38.14] | -4.50" in words  # each model's own
     assert "| nearest object trained on | 15.00 [15.00, 15.00] | +2.25" in words
     assert "0.90 [0.80, 1.00]" in words and "not measured" in words
 
@@ -201,7 +211,7 @@ def test_settings_are_chosen_on_objects_that_are_not_judged(tmp_path: Path) -> N
     told = results.of_samplings(tmp_path, config, chosen([BASE]))
     assert "| 1 | 2 | both stages | 20.00 [20.00, 20.00] | 20.00 [20.00, 20.00] |" in told
     assert "| 3 | 2 | both stages | 25.00 [25.00, 25.00] | 18.00 [18.00, 18.00] |" in told
-    assert "drawn best with guidance 3 and 2 steps, but all other tables have guidance 1 and 2 steps." in told
+    assert "drawn best with: both stages: guidance 3 and 2 steps. The other tables have guidance 1 and 2 steps." in told
     assert results.objects_of(tmp_path, [f"{BASE}-0"], 0.2).keys() == judged_ones.keys()
     views = results.azimuths(tmp_path, [chosen([BASE])[0]], config)["both stages"]
     assert len(views) == 8
@@ -215,7 +225,7 @@ def test_more_training_is_told_against_both_and_against_its_own_kind(tmp_path: P
     found = {one.name: results.objects_of(tmp_path, [f"{one.name}-0"], 0) for one in variants}
     rows = results.of_variants(found, variants, StudyConfig())["How much training?"]
     assert "| five times the steps | 24.00 [11.29, 36.71] | +3.00 [+3.00, +3.00] |" in rows
-    assert "+2.00 [+2.00, +2.00]; against five times the steps: -1.00 [-1.00, -1.00] |" in rows
+    assert "| -1.00 [-1.00, -1.00] (against five times the steps) |" in rows
 
 
 def test_steps_are_multiplied_from_where_they_are_given() -> None:
@@ -273,9 +283,8 @@ def test_meshes_that_fail_cost_themselves_alone(
     samples(tmp_path, BASE, [20.0, 22.0])
     monkeypatch.setattr(run, "distil_and_judge", distil_and_judge)
     plan = run.Plan(StudyConfig(out=str(tmp_path), guidance_scales=[1.0, 3.0]))
-    trained = {
-        name: "made" for name in ("both-0-stage1", "both-0-stage2", "longer-0-stage1")
-    }  # longer's stage 2 failed
+    done = ("both-0-stage1", "both-0-stage2", "samples_both-0", "longer-0-stage1", "samples_longer-0")
+    trained = dict.fromkeys(done, "made")
     plan.marks |= trained
     failed = run.distil(plan, 0)
     assert failed == {"meshes of stage2-0-3": "step evaluate_stage2-0-3 ended with status 2"}
@@ -284,6 +293,27 @@ def test_meshes_that_fail_cost_themselves_alone(
     assert made == ["judge_stage2-0-1", "judge_stage1-0-1", "judge_longer-stage1-0-1"], (
         "the comparison of stages is still made"
     )
+
+
+def test_without_its_samples_a_model_is_not_distilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_step(step: Step, *_: object) -> str:
+        if step.name.startswith("samples_longer"):
+            raise UserError("step samples_longer-0 ended with status 1")
+        return step.name
+
+    samples(tmp_path, BASE, [20.0, 22.0])
+    monkeypatch.setattr(run, "run_step", run_step)
+    config = StudyConfig(out=str(tmp_path), variants=["longer"], guidance_scales=[1.0], other_guidances=[],
+                         other_sample_steps=[])  # fmt: skip
+    plan = run.Plan(config)
+    plan.marks |= dict.fromkeys(["pack_train", "render_nearest"], "made")
+    run.train_and_judge(plan, chosen([BASE])[0], 0)
+    for _ in range(2):  # what failed is told again, and not run again
+        with pytest.raises(UserError, match="samples_longer-0 ended with status 1"):
+            run.train_and_judge(plan, chosen(["longer"])[1], 0)
+    assert run.distil(plan, 0) == {}
+    assert {"longer-0-stage2", "judge_stage2-0-1", "judge_stage1-0-1"} <= plan.marks.keys()
+    assert not any("longer-stage" in name for name in plan.marks)
 
 
 def test_one_variant_alone_has_tables(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_a_signal_to_the_whole_job_saves_too(tiny, tmp_path, number) -> None:
     os.killpg(run.ranks[0], number)
     assert run.wait().returncode == 75, run.stderr[-3000:]
     step = step_of(checkpoint_folders(out / "checkpoints")[-1])
-    assert f"asked to end; saved at step {step}" in run.stdout and "orker" not in run.stderr
+    assert f"asked to end; saved at step {step}" in run.stdout and "worker (pid" not in run.stderr
     assert [s for s, _ in losses(out)] == list(range(1, step + 1))
 
 
