@@ -169,7 +169,7 @@ def of_meshes(out: Path, distilled: list[Distillation], seeds: list[int]) -> str
         judged, told = runs[one.name], read_json(out / "evaluations" / one.name / "evaluation.json", "evaluation")
         means: Any = told["means"]
         rows.append([
-            what_of(one.model), STAGE_WORDS[one.stage], f"{one.scale:g}", f"{len(judged['mesh'])} of {asked}",
+            training_of(one), STAGE_WORDS[one.stage], f"{one.scale:g}", f"{len(judged['mesh'])} of {asked}",
             cell(column(judged["mesh"], "psnr")), cell(column(judged["field"], "psnr")),
             share(column(judged["mesh"], "identified")),
             *(spanned_mean(means[k]) if k in means else "not measured"
@@ -186,12 +186,12 @@ def of_meshes(out: Path, distilled: list[Distillation], seeds: list[int]) -> str
 def beside_meshes(out: Path, distilled: list[Distillation], runs: dict[str, Any], seeds: list[int]) -> list[str]:
     """Of one model: the first one's meshes, against that model's samples of the same objects and the baselines."""
     shared = sorted(set.intersection(*(set(runs[one.name]["mesh"]) for one in distilled)))
-    first, what = distilled[0], what_of(distilled[0].model)
+    first, what = distilled[0], training_of(distilled[0])
     if not shared:
         return [f"{what}: no object has a mesh of each."]
     samples: Any = read_json(out / "samples" / f"{first.model}-{seeds[0]}" / "samples.json", "samples")["objects"]
     mesh = {uid: runs[first.name]["mesh"][uid] for uid in shared}
-    others = {f"2D samples, {what}": {uid: samples[uid]["psnr"] for uid in shared}}
+    others = {f"2D samples, {what_of(first.model)}": {uid: samples[uid]["psnr"] for uid in shared}}
     others |= {words: column(mesh, key) for key, words in BASELINES.items()}
     rows = [[words, cell(values), gain(column(mesh, "psnr"), values)] for words, values in others.items()]
     rows.insert(0, [f"meshes, {told(first)}", cell(column(mesh, "psnr")), ""])
@@ -199,8 +199,12 @@ def beside_meshes(out: Path, distilled: list[Distillation], runs: dict[str, Any]
     return [words, table(["", "PSNR, dB", "the meshes are better by"], rows)]
 
 
+def training_of(one: Distillation) -> str:
+    return "the usual steps" if one.model == BASE else what_of(one.model)
+
+
 def told(one: Distillation) -> str:
-    return f"{what_of(one.model)}, distilled from {STAGE_WORDS[one.stage]} with guidance {one.scale:g}"
+    return f"{training_of(one)}, distilled from {STAGE_WORDS[one.stage]} with guidance {one.scale:g}"
 
 
 def spanned_mean(told: dict[str, Any], form: str = ".2f") -> str:
@@ -315,7 +319,9 @@ def write_results(
     facts += "".join(f"\n\n{words}" for words in [*notes, *(f"Not made: {one}: {why}" for one, why in failed.items())])
     parts = [f"# Results\n\n**{caveat}**\n\n{facts}\n"]
     if len(variants) > 1:
-        parts.append("Samples of each variant against those of both stages:\n\n![differences](differences.png)\n")
+        parts.append(
+            "Samples of each variant against those of both stages, unless its words say otherwise:\n\n![differences](differences.png)\n"
+        )
     parts += [f"## {title}\n\n*{caveat}* `{command_of(config)}`\n\n{body}\n" for title, body in tables.items()]
     with atomic_file(out / "RESULTS.md") as temporary:
         temporary.write_text("\n".join(parts))

@@ -104,12 +104,12 @@ def test_meshes_are_compared_on_the_same_objects(tmp_path: Path) -> None:
     distilled = [one for one in config.distillations(0) if one.name != "longer-stage1-0-1.5"]  # which failed
     assert [one.name for one in distilled] == ["stage2-0-1.5", "stage2-0-3", "stage1-0-1.5", "longer-stage2-0-1.5"]
     words = results.of_meshes(tmp_path, distilled, [0])
-    assert words is not None and "| both stages | both stages | 1.5 | 2 of 3 | 17.25 [-11.34, 45.84] |" in words
-    assert "| both stages | stage 1 alone | 1.5 | 2 of 3 | 16.00" in words
+    assert words is not None and "| the usual steps | both stages | 1.5 | 2 of 3 | 17.25 [-11.34, 45.84] |" in words
+    assert "| the usual steps | stage 1 alone | 1.5 | 2 of 3 | 16.00" in words
     assert "| five times the steps | both stages | 1.5 | 3 of 3 | 20.50" in words
-    both, longer = ('"both stages, distilled from both stages with guidance 1.5"',
+    both, longer = ('"the usual steps, distilled from both stages with guidance 1.5"',
                     '"five times the steps, distilled from both stages with guidance 1.5"')  # fmt: skip
-    alone = '"both stages, distilled from stage 1 alone with guidance 1.5"'
+    alone = '"the usual steps, distilled from stage 1 alone with guidance 1.5"'
     assert f"Meshes of {both} are better than those of {alone} by +1.25 [-1.93, +4.43] dB, on 2 objects." in words
     assert f"Meshes of {longer} are better than those of {both} by +1.00 [+1.00, +1.00] dB, on 2 objects." in words
     assert words.count("are better than") == 2  # guidance 3 has no counterpart
