@@ -319,9 +319,8 @@ def write_results(
     facts += "".join(f"\n\n{words}" for words in [*notes, *(f"Not made: {one}: {why}" for one, why in failed.items())])
     parts = [f"# Results\n\n**{caveat}**\n\n{facts}\n"]
     if len(variants) > 1:
-        parts.append(
-            "Samples of each variant against those of both stages, unless its words say otherwise:\n\n![differences](differences.png)\n"
-        )
+        words = "Samples of each variant against those of both stages, unless its words say otherwise:"
+        parts.append(f"{words}\n\n![differences](differences.png)\n")
     parts += [f"## {title}\n\n*{caveat}* `{command_of(config)}`\n\n{body}\n" for title, body in tables.items()]
     with atomic_file(out / "RESULTS.md") as temporary:
         temporary.write_text("\n".join(parts))
