@@ -75,12 +75,25 @@ def devices_of(config: GenerateConfig) -> list[str]:
     return [config.device]
 
 
+def told_as_made(job: GenerateConfig) -> bool:
+    try:
+        made = is_made(job)
+    except UserError:  # its group says why, and costs the others nothing
+        return False
+    if made:
+        print(f"{Path(job.out) / 'mesh.glb'} is finished; nothing to do", flush=True)
+    return made
+
+
 class Queue:
     def __init__(self, jobs: list[GenerateConfig], devices: list[str], at_once: int):
         self.jobs, self.devices = jobs, devices
         self.waiting: queue.SimpleQueue[list[GenerateConfig]] = queue.SimpleQueue()
-        for start in range(0, len(jobs), at_once):
-            self.waiting.put(jobs[start : start + at_once])
+        # A process for what is finished would load everything for nothing.
+        left = [job for job in jobs if not told_as_made(job)]
+        for start in range(0, len(left), at_once):
+            self.waiting.put(left[start : start + at_once])
+        self.before = len(jobs) - len(left)
         self.failed: dict[str, str] = {}
         self.answered: set[str] = set()  # out of those whose groups have ended
         self.began = time.monotonic()
@@ -144,8 +157,9 @@ class Queue:
     def account(self, group: list[GenerateConfig], failed: dict[str, str]) -> None:
         self.failed |= failed
         self.answered |= {job.out for job in group}
-        done = len(self.answered)
-        left = (time.monotonic() - self.began) / done * (len(self.jobs) - done)
+        here = len(self.answered)
+        done = self.before + here
+        left = (time.monotonic() - self.began) / here * (len(self.jobs) - done)
         print(f"[{done}/{len(self.jobs)}] images; ETA {int(left) // 60}:{int(left) % 60:02d}", flush=True)
 
 

@@ -48,6 +48,7 @@ class StudyConfig:
     stage1: list[str] = field(default_factory=list)
     stage2: list[str] = field(default_factory=list)
     generate: list[str] = field(default_factory=list)
+    evaluate: list[str] = field(default_factory=list)  # of the meshes; lpips=none unless it says otherwise
 
     def __post_init__(self) -> None:
         from study.variants import VARIANTS

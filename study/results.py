@@ -173,10 +173,10 @@ def of_meshes(out: Path, distilled: list[Distillation], seeds: list[int]) -> str
             cell(column(judged["mesh"], "psnr")), cell(column(judged["field"], "psnr")),
             share(column(judged["mesh"], "identified")),
             *(spanned_mean(means[k]) if k in means else "not measured"
-              for k in ("mask_iou", "clip_similarity", "janus", "janus_truth")),
+              for k in ("mask_iou", "lpips", "clip_similarity", "janus", "janus_truth")),
         ])  # fmt: skip
     headers = ["training", "distilled from", "guidance", "objects", "mesh, dB", "NeRF, dB", "mesh identified",
-               "mask IoU", "encoder's cosine", "Janus", "Janus of the truth"]  # fmt: skip
+               "mask IoU", "LPIPS", "encoder's cosine", "Janus", "Janus of the truth"]  # fmt: skip
     text = [table(headers, rows), *meshes_compared(distilled, runs)]
     for model in dict.fromkeys(one.model for one in distilled):
         text += beside_meshes(out, [one for one in distilled if one.model == model], runs, seeds)

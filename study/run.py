@@ -281,7 +281,8 @@ def distil_and_judge(plan: Plan, seed: int, uids: list[str], distillation: Disti
     made = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((out / folder).glob("*/mesh.glb"))]
     plan.marks[f"meshes_{name}"] = plan.marks[f"distil_{name}"] + " ".join(made)
     command = [*PYTHON, "distill/evaluate.py", f"pred={out}/{folder}", f"truth={out}/views_val", "lpips=none",
-               f"image_encoder={out}/parts/image_encoder", f"out={out}/evaluations/{name}"]  # fmt: skip
+               f"image_encoder={out}/parts/image_encoder", f"out={out}/evaluations/{name}",
+               *config.evaluate]  # fmt: skip
     plan.run(f"evaluate_{name}", command, f"evaluations/{name}", f"meshes_{name}")
     command = [*PYTHON, "-m", "study.meshes", f"{out}/{folder}", f"{out}/views_val", f"{out}/judged/{name}",
                "--size", str(config.image_size), "--nearest", f"{out}/views_nearest",

@@ -5,13 +5,13 @@ Shapes: V views, S pixels a side; pictures (V, 3, S, S) in [0, 1] over white.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data.files import UserError
@@ -19,7 +19,7 @@ from models.image_encoder import ClipImageEncoder, embed_image
 from models.image_metrics import PERFECT_DB
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
-BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}  # as torchvision's hub names them
+BACKBONES = {"alex": ("alexnet", "IMAGENET1K_V1"), "vgg": ("vgg16", "IMAGENET1K_V1")}  # as torchvision names them
 
 
 def masked_psnr(images: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
@@ -35,37 +35,44 @@ def mask_iou(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
-def load_lpips(kind: str, backbone: str | None) -> Perceptual:
-    """LPIPS 0.1 (Zhang et al. 2018) of `kind` alex or vgg, as torchmetrics has it: pictures, truth -> (V,).
+def backbone_weights(kind: str, path: str | None) -> dict[str, Tensor]:
+    """ImageNet weights of torchvision's network by its names.  UserError where they cannot be had."""
+    import torchvision
 
-    backbone: torchvision's ImageNet weights of that network as a file; None fetches them, or takes the hub's cache.
-    UserError where they cannot be had or are another network's.
-    """
-    from torchmetrics.functional.image.lpips import _NoTrainLpips
-
-    kept = torch.hub.get_dir()
-    with tempfile.TemporaryDirectory() as folder:
-        if backbone is not None:
-            if not Path(backbone).is_file():
-                raise UserError(
-                    f"lpips_backbone={backbone} is not a file; it is what torchvision calls {BACKBONES[kind]}"
-                )
-            Path(folder, "checkpoints").mkdir()
-            Path(folder, "checkpoints", BACKBONES[kind]).symlink_to(Path(backbone).resolve())
-            torch.hub.set_dir(folder)
+    if path is None:
+        network, weights = BACKBONES[kind]
         try:
-            network = _NoTrainLpips(net=kind)  # type: ignore[arg-type]
+            return dict(torchvision.models.get_model_weights(network)[weights].get_state_dict(progress=False))
         except (URLError, OSError) as error:
             raise UserError(
                 f"LPIPS: the weights of {kind} cannot be fetched ({getattr(error, 'reason', error)}); give a file as "
-                f"lpips_backbone=.../{BACKBONES[kind]}"
+                f"lpips_backbone=, torchvision's own or what python -m distill.evaluation.backbone writes"
             ) from None
-        except Exception as error:  # torch raises many kinds for a file that is not what it should be
-            raise UserError(
-                f"lpips_backbone={backbone} is not {kind}'s weights: {str(error).splitlines()[0]}"
-            ) from None
-        finally:
-            torch.hub.set_dir(kept)
+    if not Path(path).is_file():
+        raise UserError(f"lpips_backbone={path} is not a file; it holds torchvision's weights of {BACKBONES[kind][0]}")
+    try:
+        return load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is not what it should be
+        raise UserError(f"lpips_backbone={path} is not {kind}'s weights: {str(error).splitlines()[0]}") from None
+
+
+def load_lpips(kind: str, backbone: str | None) -> Perceptual:
+    """LPIPS 0.1 (Zhang et al. 2018) of `kind` alex or vgg, as torchmetrics has it: pictures, truth -> (V,).
+
+    backbone: torchvision's ImageNet weights of that network as a file, of which the convolutions are needed; None
+    fetches them, or takes the hub's cache.  UserError where they cannot be had or are another network's.
+    """
+    from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+    weights = backbone_weights(kind, backbone)
+    network = _NoTrainLpips(net=kind, pnet_rand=True)  # type: ignore[arg-type]
+    for name, tensor in network.net.named_parameters():  # slice2.3.weight is features.3.weight
+        key = f"features.{name.partition('.')[2]}"
+        given = weights.get(key)
+        if given is None or given.shape != tensor.shape:
+            wrong = "absent" if given is None else f"{tuple(given.shape)}, not {tuple(tensor.shape)}"
+            raise UserError(f"lpips_backbone={backbone} is not {kind}'s weights: {key} is {wrong}")
+        tensor.data.copy_(given)
 
     @torch.no_grad()
     def measure(images: Tensor, truth: Tensor) -> Tensor:

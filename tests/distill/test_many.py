@@ -252,6 +252,7 @@ def test_three_images_of_which_one_is_broken(
     stamps = [(folder / "mesh.glb").stat().st_mtime_ns for folder in made]
     again = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert again.returncode == 1 and again.stdout.count("is finished; nothing to do") == 2
+    assert "[3/3] images" in again.stdout and "[2/3] images" not in again.stdout, "no process for what is finished"
     assert stamps == [(folder / "mesh.glb").stat().st_mtime_ns for folder in made]
 
 

