@@ -13,6 +13,7 @@ from conf.cli import check
 @dataclass(frozen=True)
 class Distillation:
     name: str  # of its folders
+    seed: int
     model: str  # variant
     stage: str
     scale: float  # guidance
@@ -77,10 +78,11 @@ class StudyConfig:
 
         found = []
         for model in [BASE, LONGEST] if self.distils_longest() else [BASE] if self.distil else []:
+            scales = {"stage2": {self.guidance, *self.guidance_scales} if model == BASE else {self.guidance},
+                      "stage1": {self.guidance}}  # fmt: skip
             before = f"{model}-" if model != BASE else ""
-            scales = sorted({self.guidance, *self.guidance_scales}) if model == BASE else [self.guidance]
-            found += [Distillation(f"{before}stage2-{seed}-{scale:g}", model, "stage2", scale) for scale in scales]
-            found.append(Distillation(f"{before}stage1-{seed}-{self.guidance:g}", model, "stage1", self.guidance))
+            found += [Distillation(f"{before}{stage}-{seed}-{scale:g}", seed, model, stage, scale)
+                      for stage, some in scales.items() for scale in sorted(some)]  # fmt: skip
         return found
 
     def distils_longest(self) -> bool:

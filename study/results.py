@@ -93,8 +93,9 @@ def of_variants(
     rows: dict[str, list[list[str]]] = defaultdict(list)
     for variant in variants:
         mine = found[variant.name]
-        difference = "" if variant.name == BASE else gain(psnr[variant.name], psnr[variant.after])
-        if variant.after != BASE:
+        compared = variant.name != BASE and variant.after in psnr  # which itself may have failed
+        difference = gain(psnr[variant.name], psnr[variant.after]) if compared else ""
+        if compared and variant.after != BASE:
             difference += f" (against {what_of(variant.after)})"
         rows[variant.question].append([
             variant.what, cell(psnr[variant.name]), difference, cell(column(mine, "ssim"), 3),
@@ -118,7 +119,8 @@ def of_samplings(out: Path, config: StudyConfig, variants: list[Variant]) -> str
         for one in compared:
             mine = objects_of(out, folders[one.name], config.choose_share)
             choosing = column(objects_of(out, folders[one.name], config.choose_share, choosing=True), "psnr")
-            against = "" if one.stage1 is not None else gain(found[one.name], found[one.after])
+            compares = one.stage1 is None and one.after in found
+            against = gain(found[one.name], found[one.after]) if compares else ""
             rows.append([f"{guidance:g}", str(steps), one.what, *([cell(choosing)] if choosing else []),
                          cell(found[one.name]), against, cell(column(mine, "ssim"), 3),
                          share(column(mine, "identified"))])  # fmt: skip
@@ -214,12 +216,11 @@ def spanned_mean(told: dict[str, Any], form: str = ".2f") -> str:
 def meshes_compared(distilled: list[Distillation], runs: dict[str, Any]) -> list[str]:
     """A sentence for each two that differ in the stage alone or in the training alone, seed by seed."""
     found = []
-    seed_of = {one.name: one.name.split("-")[-2] for one in distilled}
     for one, other in itertools.permutations(distilled, 2):
         stages = (one.stage, other.stage, one.model) == ("stage2", "stage1", other.model)
         trainings = (one.model, other.model, one.stage) == (LONGEST, BASE, other.stage)
         both = runs[one.name]["mesh"].keys() & runs[other.name]["mesh"].keys()
-        if (stages or trainings) and one.scale == other.scale and seed_of[one.name] == seed_of[other.name] and both:
+        if (stages or trainings) and (one.scale, one.seed) == (other.scale, other.seed) and both:
             better = gain(column(runs[one.name]["mesh"], "psnr"), column(runs[other.name]["mesh"], "psnr"))
             found.append(f"Meshes of \"{told(one)}\" are better than those of \"{told(other)}\" by {better} dB, on "
                          f"{len(both)} objects.")  # fmt: skip
@@ -318,7 +319,7 @@ def write_results(
              f"`{command_of(config)}` makes all of it again.")  # fmt: skip
     facts += "".join(f"\n\n{words}" for words in [*notes, *(f"Not made: {one}: {why}" for one, why in failed.items())])
     parts = [f"# Results\n\n**{caveat}**\n\n{facts}\n"]
-    if len(variants) > 1:
+    if (out / "differences.png").is_file():
         words = "Samples of each variant against those of both stages, unless its words say otherwise:"
         parts.append(f"{words}\n\n![differences](differences.png)\n")
     parts += [f"## {title}\n\n*{caveat}* `{command_of(config)}`\n\n{body}\n" for title, body in tables.items()]
@@ -335,12 +336,14 @@ def write_differences(out: Path, found: dict[str, dict[str, dict[str, float]]], 
     """differences.png: PSNR of each variant against what it is compared with."""
     rows = []
     for variant in variants:
-        if variant.name != BASE:
+        if variant.name != BASE and variant.after in found:
             other = column(found[variant.after], "psnr")
             difference = paired_difference(column(found[variant.name], "psnr"), other)
             mean, low, high = difference["mean"], difference["low"], difference["high"]
             what = variant.what + (" (against all of it)" if variant.after != BASE else "")
             rows.append((what, mean, mean if low is None else low, mean if high is None else high))
+    if not rows:
+        return
     with atomic_file(out / "differences.png") as temporary:
         differences(rows, "PSNR against both stages, dB").save(temporary, format="PNG")
 

@@ -228,6 +228,20 @@ def test_more_training_is_told_against_both_and_against_its_own_kind(tmp_path: P
     assert "| -1.00 [-1.00, -1.00] (against five times the steps) |" in rows
 
 
+def test_what_a_variant_is_compared_with_may_have_failed(tmp_path: Path) -> None:
+    """Then its row stands without a difference."""
+    samples(tmp_path, BASE, [20.0, 22.0])
+    samples(tmp_path, "longer_stage1", [22.0, 24.0])
+    held_out(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "samples" / f"{BASE}-0" / "samples.png")
+    made = [one for one in chosen(["longer_stage1"]) if one.name != "longer"]
+    config = StudyConfig(variants=["longer_stage1"], distil=0, other_guidances=[], other_sample_steps=[])
+    results.write_results(tmp_path, config, made, {"longer": "step longer-0-stage2 ended with status 1"}, [], [])
+    told = (tmp_path / "RESULTS.md").read_text()
+    assert "| five times the steps, stage 1 alone | 23.00 [10.29, 35.71] |  | 0.500" in told
+    assert "Not made: longer: step" in told and not (tmp_path / "differences.png").exists()
+
+
 def test_steps_are_multiplied_from_where_they_are_given() -> None:
     assert run.more_steps("stage1", [], 1) == []
     usual = int(OmegaConf.load(run.ROOT / "conf/train/experiment/stage1/small_world.yaml").steps)
