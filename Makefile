@@ -35,7 +35,7 @@ demo: system
 test:
 	@sh demo/system_packages.sh $(PYTHON) $(BLENDER_PACKAGES) $(SLURM_PACKAGES)
 	@$(MAKE) --no-print-directory -j2 install blender
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --durations=40
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 
 ## make check     lint, types and the fast tests
 check: install
