@@ -18,7 +18,8 @@ from warm import Run
 LONG = (
     "slurm/test_jobs.py", "train/test_other_engines.py", "train/test_surviving.py", "train/test_training.py",
     "slurm/test_study.py", "demo/test_demo.py", "distill/test_many.py", "slurm/test_pipeline.py",
-    "train/test_engine.py", "slurm/test_sweep.py", "distill/test_kernels.py", "train/test_try_run.py", "distill/test_generate.py",
+    "train/test_engine.py", "slurm/test_sweep.py", "distill/test_kernels.py", "train/test_try_run.py",
+    "distill/test_generate.py",
 )  # fmt: skip
 
 
