@@ -45,7 +45,7 @@ def test_jobs_share_a_study_and_a_later_call_finds_all_done(cluster: Cluster, tm
     told = (tmp_path / "study" / "RESULTS.md").read_text()
     assert "2 objects trained on, 2 held out and judged" in told and told.count("*A small-scale study") >= 5
     assert "| stage 1 alone |" in told
-    assert "nearest object trained on" in told and "| stage2-0-1 | 1 of 1 |" in told
+    assert "nearest object trained on" in told and "| the usual steps | both stages | 1 | 1 of 1 |" in told
     page = (tmp_path / "study" / "results.html").read_text()
     assert "data:image" in page and (tmp_path / "study" / "study.png").is_file()
     again = subprocess.run([sys.executable, "study/run.py", *words, "jobs=2"], cwd=ROOT, capture_output=True, text=True,
