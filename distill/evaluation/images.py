@@ -68,9 +68,9 @@ def load_lpips(kind: str, backbone: str | None) -> Perceptual:
     network = _NoTrainLpips(net=kind, pnet_rand=True)  # type: ignore[arg-type]
     for name, tensor in network.net.named_parameters():  # slice2.3.weight is features.3.weight
         key = f"features.{name.partition('.')[2]}"
-        given = weights.get(key)
-        if given is None or given.shape != tensor.shape:
-            wrong = "absent" if given is None else f"{tuple(given.shape)}, not {tuple(tensor.shape)}"
+        given = weights.get(key) if isinstance(weights, dict) else None
+        if not isinstance(given, Tensor) or given.shape != tensor.shape:
+            wrong = f"{tuple(given.shape)}, not {tuple(tensor.shape)}" if isinstance(given, Tensor) else "absent"
             raise UserError(f"lpips_backbone={backbone} is not {kind}'s weights: {key} is {wrong}")
         tensor.data.copy_(given)
 

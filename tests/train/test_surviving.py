@@ -236,7 +236,9 @@ def test_a_signal_to_the_whole_job_saves_too(tiny, tmp_path, number) -> None:
     os.killpg(run.ranks[0], number)
     assert run.wait().returncode == 75, run.stderr[-3000:]
     step = step_of(checkpoint_folders(out / "checkpoints")[-1])
-    assert f"asked to end; saved at step {step}" in run.stdout and "worker (pid" not in run.stderr
+    assert f"asked to end; saved at step {step}" in run.stdout
+    # Not only "worker": on one core torch advises fewer of them.
+    assert not re.search(r"Traceback|worker \(pid|_worker_loop", run.stderr), run.stderr[-3000:]
     assert [s for s, _ in losses(out)] == list(range(1, step + 1))
 
 

@@ -77,6 +77,9 @@ def test_lpips_without_its_backbone_says_so(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"no weights at all")
         with pytest.raises(UserError, match="is not alex's weights"):
             load_lpips("alex", str(tmp_path / name))
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    with pytest.raises(UserError, match=r"features\.0\.weight is absent"):
+        load_lpips("alex", str(tmp_path / "tensor.pth"))
     other = random_backbone("alex", tmp_path / "alex.pth")
     with pytest.raises(UserError, match=r"vgg's weights: features.0.weight is \(64, 3, 11, 11\), not \(64, 3, 3"):
         load_lpips("vgg", str(other))
